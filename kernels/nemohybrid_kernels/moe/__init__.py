@@ -1,0 +1,39 @@
+"""The feed-forward experts of a mixture: every token visits K of them."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from nemohybrid_kernels.backend import Backend, choose
+from nemohybrid_kernels.checks import check_shape
+from nemohybrid_kernels.moe.reference import expert_mlp_torch
+
+_BACKENDS = {"torch": Backend(expert_mlp_torch)}
+
+
+def expert_mlp(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    activation: Callable[[Tensor], Tensor],
+    backend: str = "auto",
+) -> Tensor:
+    """Dropless experts: y_t = sum_k down[e] (w activation(up[e] x_t)), e = expert_ids[t, k], w = expert_weights[t, k].
+
+    x [T, D], any T >= 0; expert_ids [T, K] int64 in [0, E); expert_weights [T, K] fp32, which act between activation
+    and down projection; up [E, F, D], or [E, 2F, D] where the activation gates and halves; down [E, D, F]; up and down
+    in x's type. `activation` maps the last dimension, row by row.
+
+    Returns y like x. Differentiable in x, expert_weights, up and down; an expert without tokens gets zero gradients,
+    not None. Deterministic: rows are sorted and gathered, never added by atomics. Raises BackendError, ShapeError.
+    """
+    (T, D), (E, _, F) = x.shape, down.shape
+    check_shape("expert_weights", expert_weights, T=T, K=expert_ids.shape[-1])
+    check_shape("expert_ids", expert_ids, T=T, K=expert_ids.shape[-1])
+    check_shape("up", up, E=E, F=up.shape[1], D=D)
+    check_shape("down", down, E=E, D=D, F=F)
+    run = choose("expert_mlp", backend, _BACKENDS, x.device)
+    return run(x, expert_ids, expert_weights, up, down, activation=activation)

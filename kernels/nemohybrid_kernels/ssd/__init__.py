@@ -1,0 +1,49 @@
+"""The state-space scan of Mamba-2."""
+
+from torch import Tensor
+
+from nemohybrid_kernels.backend import Backend, choose
+from nemohybrid_kernels.checks import check_divides, check_shape
+from nemohybrid_kernels.ssd.reference import ssd_chunked
+
+_BACKENDS = {"torch": Backend(ssd_chunked)}
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    document_ids: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Structured state-space scan of Mamba-2 (Dao & Gu 2024, "Transformers are SSMs", section 6).
+
+    y_t = C_t S_t + D x_t,  S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T;  S restarts at 0 where document_ids change.
+
+    x [batch, L, H, P], any L >= 1; dt [batch, L, H], after softplus; A [H], negative; B, C [batch, L, G, N], head h
+    uses group h // (H/G); D [H]; document_ids [batch, L], integers that need not be sorted or unique; initial_state
+    [batch, H, P, N] continues the first document of each row. x, B and C may be bf16 or fp32; dt, A, D and the decays
+    are fp32; a float64 x makes everything float64. chunk_size None picks the best for device and head dimension.
+
+    Returns y like x, and the state after the last token, [batch, H, P, N] in fp32. Differentiable in every floating
+    input. Deterministic. Raises BackendError, ShapeError. Twin: `reference.ssd_chunked`; oracle:
+    `reference.ssd_sequential`.
+    """
+    batch, L, H, P = x.shape
+    G, N = B.shape[-2:]
+    check_divides("heads", H, "groups", G)
+    check_shape("dt", dt, B=batch, L=L, H=H)
+    check_shape("A", A, H=H)
+    check_shape("B", B, B=batch, L=L, G=G, N=N)
+    check_shape("C", C, B=batch, L=L, G=G, N=N)
+    check_shape("D", D, H=H)
+    check_shape("document_ids", document_ids, B=batch, L=L)
+    check_shape("initial_state", initial_state, B=batch, H=H, P=P, N=N)
+    run = choose("ssd_scan", backend, _BACKENDS, x.device)
+    return run(x, dt, A, B, C, D, document_ids=document_ids, initial_state=initial_state, chunk_size=chunk_size)

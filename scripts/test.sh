@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Everything a change must pass, in one command. Arguments go to pytest: bash scripts/test.sh tests/test_pattern.py -k caret
+# All stages run even when one fails; the last line counts the tests, the exit status covers everything.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+setup_environment dev
+
+# Tests are small: a second thread costs more than it gives, and one thread keeps sums in the same order everywhere.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
+
+failed=()
+stage() {
+  local name=$1 began=$SECONDS verdict=ok
+  shift
+  echo "== $name"
+  "$@" || { verdict=FAILED && failed+=("$name"); }
+  echo "== $name: $verdict after $((SECONDS - began)) s"
+}
+check_shell_syntax() {
+  local script
+  for script in scripts/*.sh; do bash -n "$script" || return 1; done
+}
+
+stage "ruff check" ruff check
+stage "ruff format" ruff format --check
+stage "import contract" lint-imports
+stage "types" pyright
+stage "shell syntax" check_shell_syntax
+stage "docs" sphinx-build -W -q -b html docs docs/_build/html
+
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+# xunit1 is the form of the report that names the file of each test.
+stage "tests" python -m pytest --junit-xml="$report" -o junit_family=xunit1 "$@"
+
+for name in ${failed[@]+"${failed[@]}"}; do echo "FAILED: $name"; done
+python scripts/check_skips.py "$report" tests/allowed_skips.txt || failed+=("skips")
+[ ${#failed[@]} -eq 0 ]

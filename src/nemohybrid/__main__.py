@@ -1,0 +1,42 @@
+"""`nemohybrid COMMAND ...` and `python -m nemohybrid COMMAND ...`: find the command, run it, print errors as sentences."""
+
+import importlib
+import sys
+
+from nemohybrid.errors import NemohybridError, did_you_mean
+
+COMMANDS = {
+    "train": "train or resume a model:  nemohybrid train experiment=quickstart optim.lr=1e-3",
+    "generate": "continue prompts:         nemohybrid generate --checkpoint runs/quickstart --prompt 'ROMEO.'",
+    "params": "count a model:            nemohybrid params model=nemotron_h_8b",
+    "data": "prepare corpora:          nemohybrid data prepare --input text.txt --output corpus",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to `nemohybrid.cli.<command>`; returns the exit status: 0 done, 1 an error of the user's to mend, 2 usage."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"nemohybrid: no command {command!r}{did_you_mean(command, COMMANDS)}\n\n{_help()}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"nemohybrid.cli.{command}").main(rest)
+    except NemohybridError as error:
+        print(f"nemohybrid {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    lines = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: nemohybrid COMMAND ...", *lines, "", "nemohybrid COMMAND --help says more about each."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""`nemohybrid generate`: continue prompts from a checkpoint."""
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLE = """example:
+  nemohybrid generate --checkpoint runs/quickstart --prompt 'ROMEO.' --prompt 'Enter' --max-new-tokens 200"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(
+        "nemohybrid generate", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest sound one)"
+    )
+    p.add_argument("--prompt", action="append", required=True, help="give it again for a batch")
+    p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    p.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
+    p.add_argument("--top-k", type=int, default=0, help="sample among this many tokens; 0: all")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample among the most likely tokens with this probability")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as it was trained")
+    p.add_argument("--no-stream", action="store_true", help="print when all is done; a batch is never streamed")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Load, generate, print."""
+    options = parser().parse_args(argv)
+    from nemohybrid.generate.engine import generate_text
+    from nemohybrid.generate.load import load_for_inference
+    from nemohybrid.generate.sampling import Sampling
+    from nemohybrid.parallel.context import choose_device
+
+    sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_k, options.top_p)
+    model, tokenizer = load_for_inference(options.checkpoint, choose_device(options.device, 0), options.dtype)
+    if len(options.prompt) == 1 and not options.no_stream:
+        _stream(model, tokenizer, options, sampling)
+        return 0
+    texts = generate_text(model, tokenizer, options.prompt, options.max_new_tokens, sampling, options.seed)
+    for number, text in enumerate(texts, 1):
+        print(f"----- {number} -----\n{text}" if len(texts) > 1 else text)
+    return 0
+
+
+def _stream(model, tokenizer, options: argparse.Namespace, sampling) -> None:
+    """Print each character as soon as its bytes are complete."""
+    from nemohybrid.data.tokenizer import StreamingDecoder
+    from nemohybrid.generate.engine import encode_prompt, stream_tokens
+
+    (prompt,) = options.prompt
+    print(prompt, end="", flush=True)
+    decoder = StreamingDecoder(tokenizer)
+    tokens = stream_tokens(model, [encode_prompt(tokenizer, prompt)], options.max_new_tokens, sampling, options.seed)
+    for (token,) in tokens:
+        if token == tokenizer.eod:
+            break
+        sys.stdout.write(decoder.push(token))
+        sys.stdout.flush()
+    print(decoder.finish())

@@ -1,0 +1,43 @@
+"""Sizes that were not given, from those that were. Overriding `model.hidden_size` alone is therefore always legal."""
+
+from nemohybrid.config.model import ModelConfig
+
+
+def derive_sizes(model: ModelConfig) -> None:
+    """Fill every empty size of `model` in place.
+
+    The proportions are those of the published hybrids: Mamba-2 inner width twice the hidden size, squared-ReLU MLPs four
+    times, several query heads to a key/value head.
+    """
+    hidden = model.hidden_size
+    if model.head_dim is None:
+        model.head_dim = _head_dim(hidden)
+    if model.num_attention_heads is None:
+        model.num_attention_heads = max(2, 2 * (hidden // (2 * model.head_dim)))
+    if model.num_query_groups is None:
+        model.num_query_groups = _query_groups(model.num_attention_heads)
+    if model.mamba_head_dim is None:
+        model.mamba_head_dim = _head_dim(hidden)
+    if model.mamba_num_heads is None:
+        groups = model.mamba_num_groups
+        model.mamba_num_heads = groups * max(1, round(2 * hidden / (model.mamba_head_dim * groups)))
+    if model.ffn_hidden_size is None:
+        model.ffn_hidden_size = 4 * hidden
+    _derive_experts(model)
+
+
+def _derive_experts(model: ModelConfig) -> None:
+    if model.moe_ffn_hidden_size is None:
+        model.moe_ffn_hidden_size = model.hidden_size
+    if model.shared_expert_ffn_hidden_size is None:
+        model.shared_expert_ffn_hidden_size = 2 * model.moe_ffn_hidden_size
+
+
+def _head_dim(hidden: int) -> int:
+    """32 for toys, 64 for small models, 128 from width 2048 on, as published."""
+    return 32 if hidden < 512 else 64 if hidden < 2048 else 128
+
+
+def _query_groups(heads: int) -> int:
+    """Two key/value heads where the query heads divide by them: the least that tensor parallelism can still cut."""
+    return 2 if heads % 2 == 0 else 1

@@ -1,0 +1,83 @@
+"""`data`, `parallel`, `precision`, `checkpoint`, `logging`, `sample` and `cluster`: what surrounds the model."""
+
+from dataclasses import dataclass
+
+from nemohybrid.config.section import Section, option
+
+
+@dataclass
+class DataSection(Section):
+    """Where tokens come from: prepared corpora (`.bin/.idx`), or the text that ships with the package."""
+
+    bundled: str | None = option(None, "a text inside the package, prepared on first use", choices=("shakespeare",))
+    cache: str | None = option(None, "where prepared and indexed files go; empty: <run.dir>/data")
+    train: str | None = option(None, "prefix of the training corpus (PREFIX.bin, PREFIX.idx)")
+    valid: str | None = option(None, "prefix of the validation corpus")
+    tokenizer: str | None = option(
+        None, "byte, bpe:SIZE (bundled text only), or a tokenizer.json; empty: the corpus says"
+    )
+    sequence_length: int = option(256, "tokens of a training sample", minimum=1)
+    reset_documents: bool = option(True, "state and attention stop at document boundaries inside a sample")
+    valid_overlap: int = option(0, "context tokens of a validation window that were scored before", minimum=0)
+
+
+@dataclass
+class ParallelSection(Section):
+    """How the world of ranks is divided: data x context x tensor x pipeline; experts live inside data x context."""
+
+    data: str = option("auto", "data-parallel ranks; auto: what the others leave of the world")
+    tensor: int = option(1, "ranks that share every matrix", minimum=1)
+    pipeline: int = option(1, "ranks that share the layers", minimum=1)
+    context: int = option(1, "ranks that share a sequence", minimum=1)
+    expert: int = option(1, "ranks that share the experts", minimum=1)
+
+
+@dataclass
+class PrecisionSection(Section):
+    """How matrices multiply. `bf16` means: in `model.dtype`, nothing quantized."""
+
+    recipe: str = option("bf16", "the GEMM recipe", choices=("bf16",))
+
+
+@dataclass
+class CheckpointSection(Section):
+    """What survives a crash."""
+
+    every: int = option(0, "save every so many steps; 0: only at the end", minimum=0)
+    keep: int = option(2, "newest checkpoints that stay", minimum=1)
+
+
+@dataclass
+class LoggingSection(Section):
+    """What a person sees. `metrics.jsonl` is always written, a line a step."""
+
+    console: str = option(
+        "auto", "auto: a bar on a terminal, lines elsewhere", choices=("auto", "bar", "lines", "quiet")
+    )
+    every: int = option(10, "steps between two plain lines", minimum=1)
+    picture: bool = option(True, "draw loss.png when the run ends")
+    tensorboard: bool = option(False, "also write TensorBoard events")
+    wandb: bool = option(False, "also log to Weights & Biases; offline without WANDB_API_KEY")
+    wandb_project: str = option("nemohybrid", "W&B project")
+
+
+@dataclass
+class SampleSection(Section):
+    """Text the model writes when the run ends."""
+
+    prompts: list[str] = option([], "one sample each; none: no samples")
+    max_new_tokens: int = option(200, "length of a sample", minimum=1)
+    temperature: float = option(0.8, "0: always the most likely token", minimum=0.0)
+    top_k: int = option(0, "sample among this many tokens; 0: all", minimum=0)
+    top_p: float = option(
+        0.95, "sample among the most likely tokens that hold this much probability", minimum=0.0, maximum=1.0
+    )
+
+
+@dataclass
+class ClusterSection(Section):
+    """The machine."""
+
+    backend: str = option("auto", "collectives: nccl on GPUs, gloo on CPUs", choices=("auto", "nccl", "gloo"))
+    timeout_minutes: float = option(10.0, "a collective that takes longer ends the run", minimum=0.01)
+    peak_tflops: float | None = option(None, "dense peak of one device for MFU; empty: from its name", minimum=0.0)

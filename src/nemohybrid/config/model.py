@@ -1,0 +1,76 @@
+"""`model`: what the network is. Sizes left empty follow from `hidden_size` (see `derive.py`)."""
+
+from dataclasses import dataclass, field
+
+from nemohybrid.config.section import Section, option
+
+
+@dataclass
+class AttentionConfig(Section):
+    """Nothing here yet is needed by more than the `*` layer."""
+
+    position_embedding: str = option(
+        "none", "positions in attention; the Nemotron hybrids use none", choices=("none", "rope")
+    )
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", minimum=1.0)
+
+
+@dataclass
+class RouterConfig(Section):
+    """How an `E` layer chooses experts."""
+
+    score: str = option("sigmoid", "score of an expert for a token", choices=("sigmoid", "softmax"))
+    expert_bias: bool = option(True, "add a balancing bias to the scores when selecting (not when weighting)")
+    normalize: bool = option(True, "make the weights of the chosen experts sum to one")
+    scaling_factor: float = option(1.0, "the weights are multiplied by this", minimum=0.0)
+    groups: int = option(1, "experts are selected within the best of this many groups", minimum=1)
+    top_groups: int = option(1, "how many groups may be selected from", minimum=1)
+
+
+@dataclass
+class ModelConfig(Section):
+    """A hybrid of Mamba-2, attention, MLP and mixture-of-experts layers."""
+
+    name: str = option("custom", "for logs and tables")
+    pattern: str = option(
+        "M-M*-M-", "one symbol a layer: M Mamba-2, * attention, - MLP, E experts; see docs/pattern.md"
+    )
+    hidden_size: int = option(256, "width of the residual stream", minimum=1)
+    vocab_size: int = option(257, "token ids of the tokenizer", minimum=1)
+    vocab_multiple: int = option(1, "embedding rows are padded to a multiple of this", minimum=1)
+    tie_embeddings: bool = option(False, "use the embedding as output projection")
+    norm_epsilon: float = option(1e-5, "added to the mean square in every RMSNorm", minimum=0.0)
+    init_std: float = option(0.02, "standard deviation of initial weights", minimum=0.0)
+    rescale_output_init: bool = option(True, "divide the init_std of projections into the residual by sqrt(layers)")
+    dtype: str = option("bfloat16", "dtype of matrix products and activations", choices=("float32", "bfloat16"))
+
+    num_attention_heads: int | None = option(None, "query heads", minimum=1)
+    num_query_groups: int | None = option(None, "key/value heads shared by the query heads", minimum=1)
+    head_dim: int | None = option(None, "width of an attention head", minimum=1)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    mamba_num_heads: int | None = option(None, "Mamba-2 heads; heads x head dim is the inner width", minimum=1)
+    mamba_head_dim: int | None = option(None, "width of a Mamba-2 head", minimum=1)
+    mamba_num_groups: int = option(2, "groups of heads that share B and C", minimum=1)
+    ssm_state_size: int = option(64, "state columns of a head", minimum=1)
+    conv_kernel: int = option(4, "taps of the causal convolution", minimum=1)
+    conv_bias: bool = option(True, "bias of the causal convolution")
+    chunk_size: int | None = option(None, "tokens in one chunk of the SSD scan; empty: best for the device", minimum=1)
+    dt_min: float = option(1e-3, "smallest initial time step", minimum=0.0)
+    dt_max: float = option(1e-1, "largest initial time step", minimum=0.0)
+    dt_init_floor: float = option(1e-4, "initial time steps are at least this", minimum=0.0)
+    dt_limit: list[float] | None = option(None, "clamp time steps to [low, high]; empty: no clamp")
+
+    ffn_hidden_size: int | None = option(None, "inner width of an MLP", minimum=1)
+    activation: str = option(
+        "squared_relu", "of MLPs and experts; swiglu is the gated SiLU", choices=("squared_relu", "swiglu")
+    )
+
+    num_experts: int = option(8, "experts of an E layer", minimum=1)
+    moe_top_k: int = option(2, "experts a token visits", minimum=1)
+    moe_ffn_hidden_size: int | None = option(None, "inner width of an expert", minimum=1)
+    shared_expert_ffn_hidden_size: int | None = option(None, "inner width of the expert every token visits; 0: none")
+    moe_latent_size: int | None = option(None, "experts work at this width between a down and an up projection")
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    linear_bias: bool = option(False, "bias of the Mamba-2 projections, attention and MLPs")

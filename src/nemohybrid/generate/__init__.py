@@ -1,0 +1,1 @@
+"""Text from a model: sampling rules, the decode loop, and loading a checkpoint for it."""

@@ -1,0 +1,82 @@
+"""`*`: grouped-query causal attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemohybrid.config.model import ModelConfig
+from nemohybrid.model.linear import COLUMN, ROW, Linear
+from nemohybrid.model.mixer import Mixer, mixer, residual_std
+from nemohybrid.model.rope import rotate
+from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.context import ParallelContext
+
+# B batch, L length, S past + length, T tokens = B*L, D hidden, H query heads, K key/value heads, P head dim
+
+
+class KeyValueCache:
+    """Keys and values of all tokens so far, [B, K, S, P]; room is doubled when it runs out, so that appending is cheap."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.store: Tensor | None = None  # [2, B, K, capacity, P]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values [B, K, L, P]; returns all of them, [B, K, S, P]."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.store is None or self.store.shape[3] < self.length:
+            self._grow(keys)
+        assert self.store is not None
+        self.store[0, :, :, start : self.length] = keys
+        self.store[1, :, :, start : self.length] = values
+        return self.store[0, :, :, : self.length], self.store[1, :, :, : self.length]
+
+    def _grow(self, like: Tensor) -> None:
+        batch, heads, _, width = like.shape
+        bigger = like.new_empty(2, batch, heads, 2 * self.length, width)
+        if self.store is not None:
+            bigger[:, :, :, : self.store.shape[3]] = self.store
+        self.store = bigger
+
+
+@mixer("*", "attention")
+class Attention(Mixer):
+    """Grouped-query causal attention. No positional embedding by default (Nemotron-H, section 2); RoPE as an option.
+
+    Documents in `seq` never attend to each other.
+    """
+
+    def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
+        super().__init__(config, context)
+        self.heads, self.groups = config.num_attention_heads or 0, config.num_query_groups or 0
+        self.head_dim = config.head_dim or 0
+        self.rope_theta = config.attention.rope_theta if config.attention.position_embedding == "rope" else None
+        q, kv = self.heads * self.head_dim, self.groups * self.head_dim
+        self.qkv = Linear(
+            config.hidden_size,
+            {"q": q, "k": kv, "v": kv},
+            role="qkv",
+            std=config.init_std,
+            bias=config.linear_bias,
+            shard=COLUMN,
+        )
+        self.out_proj = Linear(
+            q, config.hidden_size, role="o_proj", std=residual_std(config), bias=config.linear_bias, shard=ROW
+        )
+
+    def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        q, k, v = self._split_heads(self.qkv(x), seq)
+        if self.rope_theta is not None:
+            positions = seq.positions(x.device)
+            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        mask = seq.attention_mask(x.device)
+        if seq.cache is not None:
+            k, v = seq.cache.states.setdefault(self, KeyValueCache()).append(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups < self.heads)
+        return self.out_proj(out.transpose(1, 2).reshape(seq.tokens, -1))
+
+    def _split_heads(self, qkv: Tensor, seq: SequenceContext) -> tuple[Tensor, ...]:
+        """[T, q+k+v] -> q [B, H, L, P], k and v [B, K, L, P]."""
+        parts = torch.split(qkv.view(seq.batch, seq.length, -1), self.qkv.widths, dim=-1)
+        return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)

@@ -1,0 +1,34 @@
+"""Token ids in, logits out. Both have rows for padding ids, which no token uses and no logit shows."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nemohybrid.config.model import ModelConfig
+from nemohybrid.model.init import normal
+from nemohybrid.model.linear import COLUMN, Gemm, plain_gemm
+from nemohybrid.parallel.layout import Piece, parameter
+
+
+def padded_vocabulary(config: ModelConfig) -> int:
+    """`vocab_size` rounded up to `vocab_multiple`."""
+    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
+
+
+class VocabularyMatrix(nn.Module):
+    """[padded vocabulary, D], used as an embedding, as an output projection, or as both when they are tied."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.role = "vocabulary"
+        self.gemm: Gemm = plain_gemm
+        shape = (padded_vocabulary(config), config.hidden_size)
+        self.weight = parameter(Piece("", shape, normal(config.init_std)), shard=COLUMN)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., D] in fp32."""
+        return F.embedding(ids, self.weight)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., vocab_size] in x's dtype."""
+        return self.gemm(x, self.weight, None)[..., : self.vocab_size]

@@ -1,0 +1,89 @@
+"""`HybridModel`: embedding, the layers of a pattern, final norm, output projection."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nemohybrid.config.model import ModelConfig
+from nemohybrid.model import attention, mamba2, mlp  # noqa: F401 - they register their symbols
+from nemohybrid.model.embedding import VocabularyMatrix
+from nemohybrid.model.init import allocate, initialize
+from nemohybrid.model.mixer import build_mixer
+from nemohybrid.model.moe import layer as moe_layer  # noqa: F401
+from nemohybrid.model.norm import RMSNorm
+from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.symbols import parse_pattern
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Name in the configuration -> compute dtype."""
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), and nothing else."""
+
+    def __init__(self, symbol: str, config: ModelConfig, context: ParallelContext) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mixer = build_mixer(symbol, config, context)
+
+    def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        return x + self.mixer(self.norm(x), seq)
+
+
+class HybridModel(nn.Module):
+    """A language model assembled from `config.pattern`.
+
+    Parameters are fp32 and computation is in `config.dtype`. Construct it under `torch.device("meta")` and call
+    `materialize`, or use `HybridModel.create`. `recompute` keeps only the input of each layer for the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig, context: ParallelContext | None = None) -> None:
+        super().__init__()
+        context = context or ParallelContext.single()
+        self.config = config
+        self.dtype = DTYPES[config.dtype]
+        self.recompute = False
+        symbols = parse_pattern(config.pattern).main
+        self.embedding = VocabularyMatrix(config)
+        self.layers = nn.ModuleList(Layer(symbol, config, context) for symbol in symbols)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.output = self.embedding if config.tie_embeddings else VocabularyMatrix(config)
+
+    @classmethod
+    def create(cls, config: ModelConfig, seed: int = 0, context: ParallelContext | None = None) -> "HybridModel":
+        """A model with initial weights drawn from `seed`, on the context's device."""
+        context = context or ParallelContext.single()
+        with torch.device("meta"):
+            model = cls(config, context)
+        return model.materialize(context.device, seed)
+
+    def materialize(self, device: torch.device | str, seed: int) -> "HybridModel":
+        """Allocate a meta model on `device` and draw its initial weights. Returns self."""
+        allocate(self, device)
+        initialize(self, seed)
+        return self
+
+    def forward(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
+        """input_ids [B, L] -> logits [B, L, vocab_size] in the compute dtype. `seq` None: one document a row."""
+        batch, length = input_ids.shape
+        return self.output.logits(self.hidden_states(input_ids, seq)).view(batch, length, -1)
+
+    def hidden_states(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
+        """input_ids [B, L] -> [B*L, D], after the final norm: what the output projection and draft heads read."""
+        seq = seq or SequenceContext(*input_ids.shape)
+        x = self.embedding.embed(input_ids.flatten()).to(self.dtype)
+        x = self.final_norm(self._run(self.layers, x, seq))
+        seq.advance()
+        return x
+
+    def _run(self, layers: Iterable[nn.Module], x: Tensor, seq: SequenceContext) -> Tensor:
+        for layer in layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportAssignmentType]
+            else:
+                x = layer(x, seq)
+        return x

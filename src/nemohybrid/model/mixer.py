@@ -1,0 +1,53 @@
+"""A layer symbol is a mixer; here is the contract, and the registry that maps one to the other."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from nemohybrid.config.model import ModelConfig
+from nemohybrid.errors import ConfigError
+from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.symbols import parse_pattern, register_symbol
+
+
+class Mixer(nn.Module):
+    """What a layer does to the normalised residual stream; it knows nothing of its neighbours.
+
+    Built as `mixer(config, context)` on the meta device: create parameters with `Linear` or `parallel.layout.parameter`
+    only, so that they have a layout and first values.
+    """
+
+    def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden], in x's dtype. Never lets documents in `seq` see each other."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+_mixers: dict[str, type[Mixer]] = {}
+
+
+def mixer(symbol: str, description: str) -> Callable[[type[Mixer]], type[Mixer]]:
+    """Class decorator: `@mixer("M", "Mamba-2")` makes the class what a pattern means by the symbol."""
+
+    def register(cls: type[Mixer]) -> type[Mixer]:
+        register_symbol(symbol, description)
+        _mixers[symbol] = cls
+        return cls
+
+    return register
+
+
+def build_mixer(symbol: str, config: ModelConfig, context: ParallelContext) -> Mixer:
+    """A new mixer for a layer symbol. Raises ConfigError for a symbol without an implementation."""
+    if symbol not in _mixers:
+        raise ConfigError(f"no mixer is registered for the layer symbol {symbol!r}; there are {' '.join(_mixers)}")
+    return _mixers[symbol](config, context)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Initial std of projections into the residual stream: init_std / sqrt(layers), as Megatron-LM does for hybrids."""
+    layers = parse_pattern(config.pattern).num_layers
+    return config.init_std / (layers**0.5 if config.rescale_output_init else 1.0)

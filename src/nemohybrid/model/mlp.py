@@ -1,0 +1,48 @@
+"""`-`: the feed-forward layer."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemohybrid.config.model import ModelConfig
+from nemohybrid.model.linear import COLUMN, ROW, Linear
+from nemohybrid.model.mixer import Mixer, mixer, residual_std
+from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.context import ParallelContext
+
+
+def squared_relu(h: Tensor) -> Tensor:
+    """relu(h)^2 (So et al. 2021, Primer)."""
+    return F.relu(h).square()
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """silu(first half) * second half of the last axis (Shazeer 2020)."""
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS = {"squared_relu": squared_relu, "swiglu": swiglu}
+"""Name in the configuration -> function of what fc1 returns."""
+
+
+def fc1_outputs(activation: str, width: int) -> dict[str, int]:
+    """The logical outputs of the first projection: a gated activation needs two."""
+    return {"gate": width, "up": width} if activation == "swiglu" else {"": width}
+
+
+@mixer("-", "MLP")
+class MLP(Mixer):
+    """fc2(activation(fc1(x)))."""
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, width: int | None = None) -> None:
+        super().__init__(config, context)
+        width = width or config.ffn_hidden_size or 0
+        hidden, bias = config.hidden_size, config.linear_bias
+        outputs = fc1_outputs(config.activation, width)
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = Linear(hidden, outputs, role="fc1", std=config.init_std, bias=bias, shard=COLUMN)
+        self.fc2 = Linear(width, hidden, role="fc2", std=residual_std(config), bias=bias, shard=ROW)
+
+    def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        return self.fc2(self.activation(self.fc1(x)))

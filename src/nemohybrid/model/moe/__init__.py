@@ -1,0 +1,1 @@
+"""`E`: mixture of experts. `router.py` chooses, `experts.py` computes, `layer.py` is the mixer."""

@@ -1,0 +1,53 @@
+"""The `E` mixer: dropless top-k experts and a shared expert."""
+
+from torch import Tensor, nn
+
+from nemohybrid.config.model import ModelConfig
+from nemohybrid.errors import ConfigError
+from nemohybrid.model.init import normal
+from nemohybrid.model.mixer import Mixer, mixer, residual_std
+from nemohybrid.model.mlp import ACTIVATIONS, MLP, fc1_outputs
+from nemohybrid.model.moe.router import Router
+from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.layout import Piece, Shard, parameter
+from nemohybrid_kernels.moe import expert_mlp
+
+# T tokens, D hidden, E experts, F expert width
+
+
+class Experts(nn.Module):
+    """The weights of all experts, stacked: `up` [E, F (2F when gated), D] and `down` [E, D, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_ffn_hidden_size or 0
+        fan_out = sum(fc1_outputs(config.activation, width).values())
+        per_expert = Shard(axis=0, over="expert")
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = parameter(Piece("", (experts, fan_out, hidden), normal(config.init_std)), shard=per_expert)
+        self.down = parameter(Piece("", (experts, hidden, width), normal(residual_std(config))), shard=per_expert)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, D], expert ids and weights [T, K] -> [T, D]: the weighted sum of the chosen experts."""
+        up, down = self.up.to(x.dtype), self.down.to(x.dtype)
+        return expert_mlp(x, ids, weights, up, down, activation=self.activation)
+
+
+@mixer("E", "MoE")
+class MoE(Mixer):
+    """No token is dropped. The shared expert, an MLP that every token visits, is added unweighted."""
+
+    def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
+        super().__init__(config, context)
+        if config.moe_latent_size:
+            raise ConfigError("LatentMoE layers (model.moe_latent_size) cannot be built by this version")
+        self.router = Router(config)
+        self.experts = Experts(config)
+        width = config.shared_expert_ffn_hidden_size
+        self.shared_expert = MLP(config, context, width) if width else None
+
+    def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        out = self.experts(x, *self.router(x))
+        return out if self.shared_expert is None else out + self.shared_expert(x, seq)

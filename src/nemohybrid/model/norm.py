@@ -1,0 +1,33 @@
+"""RMSNorm, plain and gated. fp32 maths, output in the input's dtype."""
+
+from torch import Tensor, nn
+
+from nemohybrid.model.init import constant
+from nemohybrid.parallel.layout import Piece, Shard, parameter
+from nemohybrid_kernels.norm import gated_rms_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = parameter(Piece("", (width,), constant(1.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> the same shape."""
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of `x * silu(z)` within groups of channels (Mamba-2: the gate comes before the norm)."""
+
+    def __init__(self, width: int, groups: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon, self.group_size = epsilon, width // groups
+        self.weight = parameter(Piece("", (width,), constant(1.0)), shard=Shard(axis=0, over="tensor"))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x, z [..., width] -> the same shape."""
+        return gated_rms_norm(x, z, self.weight, group_size=self.group_size, eps=self.epsilon)

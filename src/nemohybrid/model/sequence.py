@@ -1,0 +1,109 @@
+"""What layers know about the rows they are given, and what they remember while generating."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemohybrid.errors import DataError
+
+
+@dataclass
+class DecodeCache:
+    """State carried from one call to the next while generating: one entry a mixer, of whatever that mixer needs."""
+
+    length: int = 0
+    document_ids: Tensor | None = None  # [B, length] of all tokens so far; None: one document a row
+    states: dict[nn.Module, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SequenceContext:
+    """The shape and borders of one microbatch, built once and shared by all layers.
+
+    Layers see the residual stream as [tokens, hidden], tokens = batch * length. `document_ids` [batch, length] marks the
+    documents of packed rows: wherever the id changes, Mamba state, convolution and attention start anew. None means one
+    document a row. With a `cache`, the rows continue what the cache has seen.
+    """
+
+    batch: int
+    length: int
+    document_ids: Tensor | None = None
+    cache: DecodeCache | None = None
+    _masks: dict[torch.device, Tensor | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the residual stream."""
+        return self.batch * self.length
+
+    @property
+    def past(self) -> int:
+        """Tokens of each row that came before, in the cache."""
+        return self.cache.length if self.cache else 0
+
+    @classmethod
+    def packed(cls, lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "SequenceContext":
+        """Rows of documents with the given lengths: `packed([[5, 3], [8]])` is two rows of eight tokens.
+
+        Raises DataError when the rows are not equally long or a document is empty.
+        """
+        totals = {sum(row) for row in lengths}
+        if len(totals) != 1 or any(n <= 0 for row in lengths for n in row):
+            sums = [sum(row) for row in lengths]
+            raise DataError(f"packed rows must be equally long and documents not empty; the rows hold {sums} tokens")
+        ids = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+        return cls(len(lengths), totals.pop(), torch.stack(ids).to(device, torch.int32))
+
+    def all_document_ids(self) -> Tensor | None:
+        """[batch, past + length]: the documents of everything attention can look back on; None when there is one a row."""
+        past_ids = self.cache.document_ids if self.cache else None
+        if self.document_ids is None or self.past == 0:
+            return self.document_ids
+        return self.document_ids if past_ids is None else torch.cat([past_ids, self.document_ids], dim=1)
+
+    def attention_mask(self, device: torch.device) -> Tensor | None:
+        """[batch or 1, 1, length, past + length], True where a token may look; None: plainly causal without a past."""
+        if device not in self._masks:
+            self._masks[device] = self._build_mask(device)
+        return self._masks[device]
+
+    def _build_mask(self, device: torch.device) -> Tensor | None:
+        ids = self.all_document_ids()
+        if ids is None and self.past == 0:
+            return None
+        total = self.past + self.length
+        causal = torch.ones(self.length, total, dtype=torch.bool, device=device).tril_(self.past)[None, None]
+        if ids is None:
+            return causal
+        segments = segment_numbers(ids).to(device)
+        same = segments[:, self.past :, None] == segments[:, None, :]
+        return causal & same[:, None]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """[batch, length] position of each token in its document."""
+        index = torch.arange(self.past + self.length, device=device).expand(self.batch, -1)
+        ids = self.all_document_ids()
+        if ids is not None:
+            starts = _starts(ids).to(device)
+            index = index - torch.where(starts, index, 0).cummax(dim=1).values
+        return index[:, self.past :]
+
+    def advance(self) -> None:
+        """Tell the cache that these tokens are now its past. Called once, after the last layer."""
+        if self.cache is not None:
+            self.cache.document_ids = self.all_document_ids()
+            self.cache.length += self.length
+
+
+def _starts(ids: Tensor) -> Tensor:
+    """[B, L] True at the first token of each document."""
+    first = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    return torch.cat([first, ids[:, 1:] != ids[:, :-1]], dim=1)
+
+
+def segment_numbers(ids: Tensor) -> Tensor:
+    """Document ids -> 1, 2, 3, ... along each row, so that an id that comes back later is still another document."""
+    return _starts(ids).cumsum(dim=1)

@@ -1,0 +1,56 @@
+"""`metrics.jsonl`: one JSON object a line."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+class MetricsWriter:
+    """Appends records; each is on its way to the disk when `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", buffering=1, encoding="utf-8")
+        if self.file.tell() and not path.read_bytes().endswith(b"\n"):
+            self.file.write("\n")  # the line a crash cut short stays alone
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Numbers that JSON does not know (NaN, infinities) are written as text."""
+        self.file.write(json.dumps({key: _known(value) for key, value in record.items()}, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _known(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run in order of step, evaluations after their step. Of a step that was replayed, the last counts.
+
+    Lines that a crash left incomplete are passed over.
+    """
+    latest: dict[tuple[int, bool], dict[str, Any]] = {}
+    for record in _records(path):
+        latest[record["step"], "val_loss" in record] = record
+    return [latest[key] for key in sorted(latest)]
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def scalars(record: Any) -> dict[str, float]:
+    """The numbers of a step or an evaluation, flat, for trackers."""
+    values = asdict(record) if is_dataclass(record) and not isinstance(record, type) else dict(record)
+    values |= values.pop("metrics", {})
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float) and name != "step"}

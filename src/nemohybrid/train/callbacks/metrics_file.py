@@ -1,0 +1,32 @@
+"""`metrics.jsonl`, the source of truth about a run."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from nemohybrid.observe.metrics import MetricsWriter
+from nemohybrid.train.callbacks.base import Callback
+from nemohybrid.train.evaluation import Evaluation
+from nemohybrid.train.step import StepResult
+from nemohybrid.train.trainer import Trainer
+
+
+class MetricsFile(Callback):
+    """A line for every step and every evaluation. A step replayed after a crash is written again; the last line counts."""
+
+    def on_run_start(self, trainer: Trainer) -> None:
+        """Go on at the end of the file that is there."""
+        self.writer = MetricsWriter(Path(trainer.config.run.dir or "") / "metrics.jsonl")
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Everything known of the step."""
+        known = {name: value for name, value in asdict(result).items() if name not in ("metrics", "seconds")}
+        self.writer.write({**known, **result.metrics})
+
+    def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """step, val_loss, val_bits_per_byte."""
+        self.writer.write(asdict(evaluation))
+
+    def on_close(self) -> None:
+        """Nothing is buffered, so nothing can be lost; just close."""
+        if hasattr(self, "writer"):
+            self.writer.close()

@@ -1,0 +1,37 @@
+"""The callbacks of a configuration, in the order in which they must run."""
+
+from nemohybrid.config.run_config import RunConfig
+from nemohybrid.train.callbacks.base import Callback
+from nemohybrid.train.callbacks.checkpoint import Checkpoint
+from nemohybrid.train.callbacks.evaluate import Evaluate
+from nemohybrid.train.callbacks.memory import Memory
+from nemohybrid.train.callbacks.metrics_file import MetricsFile
+from nemohybrid.train.callbacks.picture import Picture
+from nemohybrid.train.callbacks.progress import Progress
+from nemohybrid.train.callbacks.samples import Samples
+from nemohybrid.train.callbacks.tensorboard import TensorBoard
+from nemohybrid.train.callbacks.throughput import Throughput
+from nemohybrid.train.callbacks.wandb import WandB
+
+
+def standard(config: RunConfig, is_main: bool) -> list[Callback]:
+    """First what measures, then what writes (rank 0 only), then what acts on every rank."""
+    measure: list[Callback] = [Throughput(), Memory()]
+    return measure + (_writers(config) if is_main else []) + _actors(config)
+
+
+def _writers(config: RunConfig) -> list[Callback]:
+    chosen = [
+        (True, MetricsFile()),
+        (config.logging.tensorboard, TensorBoard()),
+        (config.logging.wandb, WandB()),
+        (True, Progress(config.logging.console, config.logging.every)),
+        (config.logging.picture, Picture()),
+        (bool(config.sample.prompts), Samples()),
+    ]
+    return [callback for wanted, callback in chosen if wanted]
+
+
+def _actors(config: RunConfig) -> list[Callback]:
+    every = config.train.evaluate_every
+    return ([Evaluate(every)] if every else []) + [Checkpoint(config.checkpoint.every)]

@@ -1,0 +1,61 @@
+"""What a run is made of, as checkpoints hold it: logical tensors, and a few numbers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemohybrid.parallel.layout import logical_parameters
+from nemohybrid.train.optimizer import optimizer_tensors
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`model.<logical name>` -> view, for every parameter and buffer."""
+    tensors = logical_parameters(model) | {name: b.detach() for name, b in model.named_buffers()}
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def random_states(rank: int) -> dict[str, Tensor]:
+    """The generators of this rank, as bytes. Nothing random happens in a step today; what will, must resume."""
+    states = {f"random.cpu.rank{rank:05d}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"random.cuda.rank{rank:05d}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    """Put back what `random_states` took."""
+    for name, state in states.items():
+        torch.cuda.set_rng_state(state) if ".cuda." in name else torch.set_rng_state(state)
+
+
+def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Model and optimizer, ready to be saved or filled in place."""
+    return model_tensors(model) | optimizer_tensors(optimizer, model)
+
+
+def run_state(step: int, config: dict[str, Any]) -> dict[str, Any]:
+    """The JSON side: where the run is, and the settings that a resumed run must not change."""
+    return {"step": step, "fixed": fixed_settings(config)}
+
+
+FIXED = ("run.seed", "data.sequence_length", "train.global_batch", "model")
+"""Changing one of these in the middle would change what the same step means."""
+FREE_IN_MODEL = ("name", "dtype", "chunk_size")
+"""Keys of `model` that do not change the parameters or what they mean."""
+
+
+def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of what must stay the same over the life of a run."""
+    flat = dict(_flatten(config))
+    free = tuple(f"model.{key}" for key in FREE_IN_MODEL)
+    chosen = {k: v for k, v in flat.items() if k.startswith(FIXED) and not k.startswith(free)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
+
+
+def _flatten(values: dict[str, Any], prefix: str = ""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
