@@ -27,8 +27,8 @@ class Backend:
 def choose(operator: str, wanted: str, backends: Mapping[str, Backend], device: torch.device) -> Callable[..., Any]:
     """The function to call for `operator` on `device`.
 
-    `backends` is ordered, fastest first; "auto" takes the first without an obstacle (the last has none). A backend asked for by name is
-    used or refused, never replaced. Raises BackendError.
+    `backends` is ordered, fastest first; "auto" takes the first without an obstacle, and the last never has one. A
+    backend asked for by name is used or refused, never replaced. Raises BackendError.
     """
     if wanted == "auto":
         return next(backend.run for backend in backends.values() if backend.obstacle(device) is None)

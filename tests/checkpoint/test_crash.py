@@ -11,10 +11,10 @@ from typing import IO, Any, NamedTuple
 import pytest
 import torch
 
-from nemohybrid.checkpoint import find_checkpoints, load_checkpoint, newest_complete, prune, save_checkpoint
+from nemohybrid.checkpoint import find_checkpoints, load_checkpoint, newest_complete, prune, save_checkpoint, verify
 from nemohybrid.errors import CheckpointError
 
-LIFE = ((10, 1), (20, 2), (20, 3), (30, 4))  # (step, version): step 20 is written a second time after a resume
+LIFE = ((10, 1), (20, 2), (20, 3))  # (step, version): step 20 is written a second time after a resume
 CALLS = ("os.replace", "os.mkdir", "os.unlink", "os.rmdir", "os.fsync")
 
 
@@ -58,6 +58,34 @@ def watch(patch: pytest.MonkeyPatch, fault: Callable[[str, Callable[[], Any]], A
         return Watched(stream, fault) if mode == "xb" else stream
 
     patch.setattr(Path, "open", watched_open)
+
+
+class FailAt:
+    """A fault that raises OSError(error) at the `point`-th of `calls`, once."""
+
+    def __init__(self, point: int, error: int, calls: tuple[str, ...]):
+        self.countdown, self.error, self.calls = point, error, calls
+        self.happened = False
+
+    def __call__(self, what: str, spoil: Callable[[], Any]) -> None:
+        if what not in self.calls:
+            return
+        self.countdown -= 1
+        if self.countdown == -1:
+            self.happened = True
+            spoil()
+            raise OSError(self.error, os.strerror(self.error))
+
+
+def save_with_fault(root: Path, step: int, fault: FailAt, tensors: dict[str, torch.Tensor]) -> str:
+    """Save version 2 on a disk with a fault; the text of the CheckpointError, empty when the save succeeded."""
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, fault)
+        try:
+            save_checkpoint(root, step, tensors, {"version": 2}, {"config.yaml": "a: 1"})
+        except CheckpointError as failure:
+            return str(failure)
+    return ""
 
 
 class Report(NamedTuple):
@@ -109,41 +137,18 @@ def test_killed_at_any_moment_the_acknowledged_checkpoint_loads(tmp_path, run_ch
         told = Report(*map(int, report.read_text().split()))
         version = found_version(root, tensors_of(0))
         assert told.acknowledged <= version <= told.begun, f"kill at point {point}: version {version} of {told}"
+        for path in find_checkpoints(root):
+            verify(path)
+        full = FailAt(0, errno.ENOSPC, ("write",))
+        save_with_fault(root, 20, full, tensors_of(9))
+        assert found_version(root, tensors_of(0)) == version, f"kill at point {point}: lost when the disk was full next"
         save_checkpoint(root, 40, tensors_of(9), {"version": 9})
         assert all(not path.name.startswith(".") for path in root.iterdir()), f"kill at point {point}: leftovers stay"
         if code == 0:
-            assert point > 80, f"only {point} fault points: the life of a run is not watched"
+            assert point > 60, f"only {point} fault points: the life of a run is not watched"
             return
         assert code == -signal.SIGKILL
     raise AssertionError("the run never came to its end")
-
-
-class FailAt:
-    """A fault that raises OSError(error) at the `point`-th of `calls`, once."""
-
-    def __init__(self, point: int, error: int, calls: tuple[str, ...]):
-        self.countdown, self.error, self.calls = point, error, calls
-        self.happened = False
-
-    def __call__(self, what: str, spoil: Callable[[], Any]) -> None:
-        if what not in self.calls:
-            return
-        self.countdown -= 1
-        if self.countdown == -1:
-            self.happened = True
-            spoil()
-            raise OSError(self.error, os.strerror(self.error))
-
-
-def save_with_fault(root: Path, step: int, fault: FailAt, tensors: dict[str, torch.Tensor]) -> str:
-    """Save version 2 on a disk with a fault; the text of the CheckpointError, empty when the save succeeded."""
-    with pytest.MonkeyPatch.context() as patch:
-        watch(patch, fault)
-        try:
-            save_checkpoint(root, step, tensors, {"version": 2}, {"config.yaml": "a: 1"})
-        except CheckpointError as failure:
-            return str(failure)
-    return ""
 
 
 @pytest.mark.parametrize(

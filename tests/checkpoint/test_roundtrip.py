@@ -71,6 +71,22 @@ def test_files_stay_under_the_limit_and_are_plain_safetensors(tmp_path, monkeypa
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
+def test_every_tensor_of_a_file_begins_at_a_multiple_of_its_width(tmp_path):
+    widths = {
+        "odd": torch.uint8,
+        "half": torch.bfloat16,
+        "wide": torch.float64,
+        "bits": torch.bool,
+        "plain": torch.float32,
+    }
+    path = save_checkpoint(tmp_path, 1, {name: torch.ones(3, dtype=dtype) for name, dtype in widths.items()}, {})
+    raw = (path / "rank00000-00000.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    begins = {name: 8 + length + header[name]["data_offsets"][0] for name in widths}
+    assert {name: begins[name] % dtype.itemsize for name, dtype in widths.items()} == dict.fromkeys(widths, 0)
+
+
 def test_the_state_returns_exactly(tmp_path):
     generator = random.Random(2)
     floats = [generator.uniform(-1, 1) * 10.0 ** generator.randint(-300, 300) for _ in range(500)]

@@ -16,13 +16,15 @@ from nemohybrid.errors import DataError
 class WideTokenizer(Tokenizer):
     """Characters as ids, in a vocabulary of any size."""
 
-    description = {"type": "wide"}  # noqa: RUF012
-
     def __init__(self, vocab_size: int):
         super().__init__([b""] * vocab_size, eod=0)
 
     def encode(self, text):
         return [ord(char) for char in text]
+
+    @property
+    def description(self) -> dict[str, str | int]:
+        return {"type": "wide"}
 
     def save(self, folder):
         raise NotImplementedError

@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,9 @@ def bombs(sentinel: Path) -> dict[str, bytes]:
     return {"npy": npy.getvalue(), "npz": npz.getvalue(), "pickle": pickle.dumps(Bomb(sentinel))}
 
 
-def numbered_corpus(prefix: Path, documents: int = 40) -> Path:
+def numbered_corpus(prefix: Path, numbers: Sequence[int] = range(40)) -> Path:
     """Documents of unequal length whose samples are all different."""
-    texts = [
-        f"<{number}:" + "".join(f"{number * 100 + i:05d}" for i in range(3 + number % 7)) for number in range(documents)
-    ]
+    texts = [f"<{number}:" + "".join(f"{number * 100 + i:05d}" for i in range(3 + number % 7)) for number in numbers]
     write_corpus([Document(text, "", len(text)) for text in texts], prefix, ByteTokenizer(), [])
     return prefix
 
@@ -158,7 +157,7 @@ def test_a_second_reader_builds_nothing(tmp_path, monkeypatch):
 def test_a_corpus_prepared_again_gets_a_new_order_not_the_old_ones(tmp_path):
     prefix = numbered_corpus(tmp_path / "c")
     SampleStream(prefix, 16, 7, tmp_path / "cache")[0]
-    numbered_corpus(prefix, documents=41)
+    numbered_corpus(prefix, range(39, -1, -1))  # as many documents and tokens as before
     os.utime(f"{prefix}.idx", ns=(1, 1))
     stream, fresh = (SampleStream(prefix, 16, 7, cache) for cache in (tmp_path / "cache", None))
     assert digest(stream, range(30)) == digest(fresh, range(30)), "indices of the old corpus were used"

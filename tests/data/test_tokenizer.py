@@ -28,7 +28,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
 
 def edited_bpe(edit) -> str:
     """The tokenizer.json of the BPE above after `edit` of its content."""
-    content = json.loads(tokenizer_of("bpe").source)
+    content = json.loads(train_bpe([TEXT], 302).source)
     edit(content)
     return json.dumps(content)
 

@@ -26,6 +26,7 @@ def test_every_token_but_the_first_is_scored_once_after_its_predecessor(name, le
     np.testing.assert_array_equal(labels.numpy(), whole[1:])
     np.testing.assert_array_equal(tokens.numpy(), whole[:-1])
     assert sum(batch.scored_bytes for batch in batches) == len(whole) - 1
+    assert stream.batch([len(stream) - 1]).loss_mask.any(), "the last window scores nothing"
 
 
 @pytest.mark.parametrize("overlap", [1, 9])

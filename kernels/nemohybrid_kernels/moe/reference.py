@@ -30,7 +30,7 @@ def expert_mlp_torch(
     for r, w, up_FD, down_DF in zip(rows.split(counts), weights.split(counts), up.unbind(), down.unbind(), strict=True):
         hidden = activation(r @ up_FD.T) * w
         outputs.append(hidden.to(x.dtype) @ down_DF.T)
-    return _take_rows(torch.cat(outputs), place, order, 1).view(T, K, -1).sum(1)
+    return _take_rows(torch.cat(outputs), place, order, 1).view(T, K, x.shape[1]).sum(1)
 
 
 def _sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -54,7 +54,7 @@ class _TakeRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,), (place,) = grads, ctx.saved_tensors
         taken = grad.index_select(0, place)
-        return taken.view(len(place) // ctx.copies, ctx.copies, -1).sum(1), None, None, None
+        return taken.view(-1, ctx.copies, taken.shape[1]).sum(1), None, None, None
 
 
 def _take_rows(rows: Tensor, index: Tensor, place: Tensor, copies: int) -> Tensor:

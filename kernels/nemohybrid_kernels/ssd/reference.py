@@ -4,9 +4,12 @@ Dimensions: b batch, l length, c chunks, Q tokens of a chunk, G groups, R heads 
 dimension, N state.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemohybrid_kernels.checks import document_runs, maths_dtype
 
@@ -28,32 +31,28 @@ def ssd_chunked(
     Arguments and results as in `nemohybrid_kernels.ssd.ssd_scan`. Every exponent is a decay from an earlier token to a
     later one, hence <= 0: nothing overflows, however strong the decay.
     """
-    (batch, L, H, P), (G, N), R, maths = x.shape, B.shape[-2:], x.shape[2] // B.shape[2], maths_dtype(x)
+    (batch, L, H, P), G, R, maths = x.shape, B.shape[2], x.shape[2] // B.shape[2], maths_dtype(x)
     Q = min(chunk_size or default_chunk_size(x), L)
     x_chunks, dt_bcQH, B_chunks, C_chunks = (_chunks(t, Q) for t in (x, dt.to(maths), B, C))
     dt_bcQGR = dt_bcQH.unflatten(-1, (G, R))
 
-    decay = (dt_bcQGR * A.to(maths).view(G, R)).permute(0, 1, 3, 4, 2).cumsum(-1)  # log decay since chunk start, bcGRQ
+    step = (dt_bcQGR * A.to(maths).view(G, R)).permute(0, 1, 3, 4, 2)  # log decay of each token, bcGRQ
+    decay = step.cumsum(-1)  # since the chunk began
     pair_mask, start_mask, end_mask = _masks(document_ids, L, Q, decay)
-    decay_in, decay_out = decay + start_mask, decay[..., -1:] - decay + end_mask
+    decay_in, decay_out = decay + start_mask, _sum_of_later(step) + end_mask
 
     # Elementwise work costs as much as the products here. dt is folded into x once, P numbers a token, and not into
     # the Q x Q weights; the heads of a group share the columns of one product wherever B or C is an operand.
     u = (x_chunks.unflatten(3, (G, R)) * dt_bcQGR.to(x.dtype).unsqueeze(-1)).permute(0, 1, 3, 4, 2, 5)  # bcGRQP
     B_bcGQN, C_bcGQN = B_chunks.transpose(2, 3), C_chunks.transpose(2, 3)
-    within = _weights(decay, pair_mask, C_bcGQN @ B_bcGQN.transpose(-1, -2)) @ u
+    within = _weights(decay, pair_mask, (C_bcGQN @ B_bcGQN.transpose(-1, -2)).unsqueeze(3)) @ u
 
-    u_out = (u * _exp(decay_out, x)).transpose(3, 4).flatten(-2)  # bcGQ(RP)
-    gained = B_bcGQN.transpose(-1, -2) @ u_out
-    chunk_decay = decay_in[..., -1].exp().repeat_interleave(P, -1).unsqueeze(-2)  # bcG1(RP)
-    before, final = _pass_states(gained.to(maths), chunk_decay, _fold_state(initial_state, gained, maths))
-    carried = (C_bcGQN @ before.to(x.dtype)).unflatten(-1, (R, P))  # bcGQRP
-
+    carried, final = _carried(u, B_bcGQN, C_bcGQN, decay_in[..., -1], decay_out, initial_state)
     y = torch.addcmul(within.transpose(3, 4), carried, _exp(decay_in, x).transpose(3, 4))
     y = y.transpose(2, 3).reshape(batch, -1, H, P)[:, :L]
     if D is not None:
         y = torch.addcmul(y, x, D.to(x.dtype).unsqueeze(-1))
-    return y, final.unflatten(-1, (R, P)).permute(0, 1, 3, 4, 2).reshape(batch, H, P, N)
+    return y, final
 
 
 def default_chunk_size(x_blHP: Tensor) -> int:
@@ -90,14 +89,63 @@ def _log(allowed: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(~allowed, float("-inf"))
 
 
-def _weights(decay: Tensor, pair_mask: Tensor, CB_bcGQQ: Tensor) -> Tensor:
-    """How much of u_j reaches y_i inside a chunk: exp(decay from j to i) * (C_i . B_j), [b, c, G, R, Q, Q]."""
-    between = decay.unsqueeze(-1) - decay.unsqueeze(-2) + pair_mask
-    return between.exp().to(CB_bcGQQ.dtype) * CB_bcGQQ.unsqueeze(3)
+def _sum_of_later(step: Tensor) -> Tensor:
+    """Log decay from each token to the end of its chunk. Summed from there: differences of sums lose digits."""
+    return F.pad(step[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+
+
+class _Weights(torch.autograd.Function):
+    """exp(decay_i - decay_j + mask_ij) * CB_ij.
+
+    By hand for the sake of the digits, not of the speed. A token is not decayed on its way to itself, but autograd
+    adds and subtracts the gradient of that non-decay, which dwarfs all others where the decay is strong: the fp32
+    gradient of A was ten times further off.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, mask: Tensor, CB: Tensor) -> Tensor:
+        between = decay.unsqueeze(-1) - decay.unsqueeze(-2)
+        factor = between.add_(mask).exp_().to(CB.dtype)
+        ctx.save_for_backward(factor, CB)
+        ctx.maths = decay.dtype
+        return factor * CB
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        factor, CB = ctx.saved_tensors
+        dCB = grads[0] * factor
+        dbetween = dCB * CB
+        dbetween.diagonal(dim1=-2, dim2=-1).zero_()
+        ddecay = dbetween.sum(-1, dtype=ctx.maths) - dbetween.sum(-2, dtype=ctx.maths)
+        return ddecay, None, dCB.sum(3, keepdim=True)
+
+
+def _weights(decay_bcGRQ: Tensor, mask: Tensor, CB_bcG1QQ: Tensor) -> Tensor:
+    """How much of u_j reaches y_i inside a chunk, [b, c, G, R, Q, Q]."""
+    return _Weights.apply(decay_bcGRQ, mask, CB_bcG1QQ)  # pyright: ignore[reportReturnType]
 
 
 def _exp(log_decay_bcGRQ: Tensor, like: Tensor) -> Tensor:
     return log_decay_bcGRQ.exp().to(like.dtype).unsqueeze(-1)
+
+
+def _carried(
+    u_bcGRQP: Tensor,
+    B_bcGQN: Tensor,
+    C_bcGQN: Tensor,
+    chunk_decay_bcGR: Tensor,
+    decay_out: Tensor,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """C_i times the state before the chunk of token i, bcGQRP, and the state after the last chunk, bHPN."""
+    R, P = u_bcGRQP.shape[3], u_bcGRQP.shape[5]
+    u_out = (u_bcGRQP * _exp(decay_out, u_bcGRQP)).transpose(3, 4).flatten(-2)  # bcGQ(RP)
+    gained = (B_bcGQN.transpose(-1, -2) @ u_out).to(chunk_decay_bcGR.dtype)
+    kept = chunk_decay_bcGR.exp().repeat_interleave(P, -1).unsqueeze(-2)  # bcG1(RP)
+    before, final = _pass_states(gained, kept, _fold_state(initial_state, gained))
+    carried = (C_bcGQN @ before.to(C_bcGQN.dtype)).unflatten(-1, (R, P))
+    return carried, final.unflatten(-1, (R, P)).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
 def _pass_states(gained: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,12 +160,12 @@ def _pass_states(gained: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor
     return torch.stack(before, dim=1), state
 
 
-def _fold_state(state_bHPN: Tensor | None, gained_bcGNW: Tensor, maths: torch.dtype) -> Tensor:
-    """The initial state in the layout of the products, [b, G, N, R*P]; zeros where none was given."""
+def _fold_state(state_bHPN: Tensor | None, gained_bcGNW: Tensor) -> Tensor:
+    """The initial state in the layout of the products, [b, G, N, W = R*P]; zeros where none was given."""
     if state_bHPN is None:
-        return torch.zeros_like(gained_bcGNW[:, 0], dtype=maths)
+        return torch.zeros_like(gained_bcGNW[:, 0])
     G = gained_bcGNW.shape[2]
-    return state_bHPN.to(maths).unflatten(1, (G, -1)).permute(0, 1, 4, 2, 3).flatten(-2)
+    return state_bHPN.to(gained_bcGNW.dtype).unflatten(1, (G, -1)).permute(0, 1, 4, 2, 3).flatten(-2)
 
 
 def ssd_sequential(

@@ -2,12 +2,14 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nemohybrid.config.compose import configs_dir, finish, load_config, parse_overrides, register_schema, unusable
 from nemohybrid.config.run_config import RunConfig
-from nemohybrid.config.violation import raise_all
-from nemohybrid.errors import ConfigError
+from nemohybrid.config.violation import Violation, raise_all
+from nemohybrid.errors import ConfigError, NemohybridError
 
 HYDRA_FLAGS = ("--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i", "--resolve", "--package", "-p")
 SWEEP_FLAGS = ("--multirun", "-m")
@@ -15,6 +17,7 @@ HYDRA_QUIET = (
     "hydra.output_subdir=null",
     "hydra.run.dir=.",
     "hydra.sweep.dir=${run.dir}",
+    "hydra.sweep.subdir=${hydra.job.num}",
     "hydra/job_logging=disabled",
     "hydra/hydra_logging=disabled",
     "hydra.help.app_name='nemohybrid train'",
@@ -44,38 +47,46 @@ def show(argv: list[str]) -> int:
 def sweep(argv: list[str]) -> int:
     """`-m key=a,b ...`: every combination, one after the other, each in a folder of its own."""
     _check_overrides(argv)
-
-    def job(cfg) -> None:
-        from hydra.core.hydra_config import HydraConfig
-
-        info = HydraConfig.get().job
-        if cfg.run.dir is None or not any(o.startswith("run.dir=") for o in info_overrides()):
-            cfg.run.dir = str(Path(cfg.run.dir or f"runs/{cfg.run.name}") / f"{info.num}")
-        print(f"sweep job {info.num}: {info.override_dirname} -> {cfg.run.dir}")
-        train(finish(cfg, 1))
-
-    def info_overrides() -> list[str]:
-        from hydra.core.hydra_config import HydraConfig
-
-        return list(HydraConfig.get().overrides.task)
-
-    _hydra_main(job, argv)
+    _hydra_main(_sweep_job, argv)
     return 0
 
 
+def _sweep_job(cfg: Any) -> None:
+    """One combination, in <run.dir>/<number>."""
+    from hydra.core.hydra_config import HydraConfig
+
+    info = HydraConfig.get()
+    cfg.run.dir = str(Path(cfg.run.dir) / str(info.job.num))
+    print(f"sweep job {info.job.num}: {' '.join(info.overrides.task)} -> {cfg.run.dir}", flush=True)
+    try:
+        train(finish(cfg, 1))
+    except NemohybridError as error:  # Hydra would print a traceback
+        print(f"sweep job {info.job.num}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _overrides(argv: list[str]) -> list[str]:
+    return [word for word in argv if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+
+
 def _check_overrides(argv: list[str]) -> None:
-    violations = []
-    for override in parse_overrides([word for word in argv if not word.startswith("-") and "=" in word]):
+    violations: list[Violation] = []
+    for override in parse_overrides(_overrides(argv)):
+        if override.key_or_group == "run.dir" and override.is_sweep_override():
+            message = "a sweep gives every job a folder below run.dir; sweep over something else"
+            violations.append(Violation(str(override.input_line), message))
         unusable(override, violations)
     raise_all(violations)
 
 
-def _hydra_main(job, argv: list[str]) -> None:
+def _hydra_main(job: Callable[[Any], None], argv: list[str]) -> None:
+    """Hydra reads sys.argv, and wants all overrides side by side."""
     import hydra
 
     register_schema()
-    saved = sys.argv
-    sys.argv = ["nemohybrid train", *HYDRA_QUIET, *argv]
+    overrides = _overrides(argv)
+    flags = [word for word in argv if word not in overrides]
+    saved, sys.argv = sys.argv, ["nemohybrid train", *HYDRA_QUIET, *overrides, *flags]
     try:
         hydra.main(config_path=str(configs_dir()), config_name="train", version_base="1.3")(job)()
     finally:
@@ -88,7 +99,5 @@ def train(config: RunConfig) -> None:
     from nemohybrid.train.run import run
 
     parallel = world.start(config.run.device, config.cluster.backend, config.cluster.timeout_minutes)
-    try:
-        run(config, parallel)
-    finally:
-        world.stop()
+    run(config, parallel)
+    world.stop()

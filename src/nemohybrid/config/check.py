@@ -4,13 +4,15 @@ OmegaConf alone lets `+model.hiden_size=1` through and drops it silently; nothin
 """
 
 import dataclasses
+import math
 import types
 import typing
+from functools import cache
 from typing import Any
 
-from nemohybrid.config.section import Section
+from nemohybrid.config.section import Section, leaves
 from nemohybrid.config.violation import Violation
-from nemohybrid.errors import did_you_mean
+from nemohybrid.errors import did_you_mean, nearest
 
 
 def field_types(section: type) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def find_field(section: type, path: str) -> tuple[dataclasses.Field | None, Any,
     entry = None
     walked: list[str] = []
     for name in path.split("."):
-        if not _is_section(annotation):
+        if not is_section(annotation):
             return None, None, f"{'.'.join(walked)} has nothing inside"
         names = {f.name: f for f in dataclasses.fields(annotation)}
         if name not in names:
@@ -35,11 +37,30 @@ def find_field(section: type, path: str) -> tuple[dataclasses.Field | None, Any,
 
 
 def _suggest(name: str, parent: str, names: dict[str, Any]) -> str:
+    """The nearest key in the same section; else the key of that name, or nearly, in another section; else all keys here."""
     prefix = f"{parent}." if parent else ""
-    return did_you_mean(prefix + name, [prefix + n for n in names]) or f". Here are: {', '.join(sorted(names))}"
+    close = [prefix + n for n in nearest(name, names)]
+    if not close:
+        elsewhere = all_keys()
+        close = [path for near in nearest(name, elsewhere) for path in elsewhere[near]]
+    if close:
+        return f". Did you mean {' or '.join(map(repr, close[:3]))}?"
+    return f". Keys here: {', '.join(sorted(names))}"
 
 
-def _is_section(annotation: Any) -> bool:
+@cache
+def all_keys() -> dict[str, list[str]]:
+    """Last word of every key of a run -> the dotted keys that end in it."""
+    from nemohybrid.config.run_config import RunConfig
+
+    result: dict[str, list[str]] = {}
+    for path, field, _ in leaves(RunConfig()):
+        result.setdefault(field.name, []).append(path)
+    return result
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether values of this type hold further keys."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
@@ -49,6 +70,8 @@ def value_problem(field: dataclasses.Field, annotation: Any, value: Any) -> str:
         return f"is not {_type_name(annotation)}"
     if value is None:
         return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be finite"
     choices = field.metadata.get("choices")
     if choices and value not in choices:
         return f"is no choice{did_you_mean(str(value), choices) or '.'} Choices: {', '.join(choices)}"
@@ -60,13 +83,14 @@ def value_problem(field: dataclasses.Field, annotation: Any, value: Any) -> str:
     return ""
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """`int | None` -> (int, NoneType); any other type alone."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    return any(_fits_one(value, kind) for kind in _alternatives(annotation))
+    return any(_fits_one(value, kind) for kind in alternatives(annotation))
 
 
 def _fits_one(value: Any, kind: Any) -> bool:
@@ -82,7 +106,8 @@ def _fits_one(value: Any, kind: Any) -> bool:
 
 def _type_name(annotation: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "empty (null)"}
-    return " or ".join(names.get(kind, "a list of " + "numbers") for kind in _alternatives(annotation))
+    names |= {list[float]: "a list of numbers", list[str]: "a list of texts"}
+    return " or ".join(names[kind] for kind in alternatives(annotation))
 
 
 def build(section: type, values: dict[str, Any], violations: list[Violation], prefix: str = "") -> Any:
@@ -94,7 +119,7 @@ def build(section: type, values: dict[str, Any], violations: list[Violation], pr
         where = f"{prefix}{name}"
         if name not in fields:
             violations.append(Violation(where, f"unknown key {name!r}" + _suggest(name, prefix.rstrip("."), fields)))
-        elif _is_section(hints[name]):
+        elif is_section(hints[name]):
             if isinstance(value, dict):
                 arguments[name] = build(hints[name], value, violations, f"{where}.")
             else:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nemohybrid
-from nemohybrid.config.check import build, find_field, value_problem
+from nemohybrid.config.check import alternatives, build, find_field, is_section, value_problem
 from nemohybrid.config.derive import derive_sizes
 from nemohybrid.config.rules import violated_rules
 from nemohybrid.config.run_config import RunConfig
@@ -50,18 +50,23 @@ def groups() -> dict[str, list[str]]:
 
 def load_config(overrides: Sequence[str], world_size: int = 1) -> RunConfig:
     """Compose, check and freeze. `ConfigError` lists every violation: unknown keys, bad values and broken rules together."""
-    violations: list[Violation] = []
-    good = [o for o in parse_overrides(overrides) if not unusable(o, violations)]
-    cfg = compose_raw([o.input_line or "" for o in good])
-    return finish(cfg, world_size, violations)
+    return _load(overrides, world_size, model_only=False)
 
 
 def load_model_config(overrides: Sequence[str]) -> RunConfig:
     """Like `load_config`, checking only the rules of the model: for commands that look at it and train nothing."""
+    return _load(overrides, 1, model_only=True)
+
+
+def _load(overrides: Sequence[str], world_size: int, *, model_only: bool) -> RunConfig:
     violations: list[Violation] = []
     good = [o for o in parse_overrides(overrides) if not unusable(o, violations)]
-    cfg = compose_raw([o.input_line or "" for o in good])
-    return finish(cfg, 1, violations, model_only=True)
+    try:
+        cfg = compose_raw([o.input_line or "" for o in good])
+    except ConfigError as error:
+        raise_all([*violations, Violation("composition", str(error))])
+        raise
+    return finish(cfg, world_size, violations, model_only=model_only)
 
 
 def compose_raw(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
@@ -92,8 +97,6 @@ def finish(
         raise ConfigError(_plain(error)) from None
     config = build(RunConfig, values, violations)
     derive_sizes(config.model)
-    if config.run.dir is None:
-        config.run.dir = f"runs/{config.run.name}"
     violations.extend(violated_rules(config, world_size, model_only=model_only))
     raise_all(violations)
     config.freeze()
@@ -144,9 +147,13 @@ def _key_problem(override: Override) -> str:
     value = override.value()
     if isinstance(value, str) and value.startswith("${"):
         return ""
-    if isinstance(value, dict):
-        return "" if hasattr(annotation, "__dataclass_fields__") else "is not a section"
-    if isinstance(value, int) and annotation is str:
-        value = str(value)
+    if is_section(annotation):
+        if not isinstance(value, dict):
+            return "is a section, not a value"
+        inside: list[Violation] = []
+        build(annotation, value, inside, f"{override.key_or_group}.")
+        return "; ".join(f"{v.where}: {v.message}" for v in inside)
+    if isinstance(value, int | float) and str in alternatives(annotation):
+        value = str(value)  # as OmegaConf does: run.dir=2026
     problem = value_problem(field, annotation, value)
     return problem and problem[0].lower() + problem[1:]

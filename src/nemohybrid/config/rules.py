@@ -139,6 +139,8 @@ def rope_needs_pairs(now: Situation) -> Violation | None:
 def top_k_of_experts(now: Situation) -> Violation | None:
     """A token visits different experts."""
     model = now.config.model
+    if model.router.top_groups > model.router.groups or model.router.groups > model.num_experts:
+        return None  # the rule of router groups speaks
     reach = model.num_experts // model.router.groups * model.router.top_groups
     if model.moe_top_k > reach:
         return Violation(
@@ -368,6 +370,23 @@ def schedule_fits(now: Situation) -> Violation | None:
         f"is longer than the {total} {schedule.unit} of the run",
         {"schedule.warmup": f"up to {max(0, total - decay)}"},
     )
+
+
+@rule(RUN_RULES)
+def betas_below_one(now: Situation) -> Violation | None:
+    """A moment with beta 1 never learns anything."""
+    for key in ("beta1", "beta2"):
+        if getattr(now.config.optim, key) == 1:
+            return Violation(f"optim.{key}=1.0", "never forgets, so never learns", {f"optim.{key}": "0 up to below 1"})
+    return None
+
+
+@rule(RUN_RULES)
+def top_p_keeps_something(now: Situation) -> Violation | None:
+    """Found here, not at the end of the run when the samples are drawn."""
+    if now.config.sample.top_p > 0:
+        return None
+    return Violation("sample.top_p=0.0", "keeps no token to choose from", {"sample.top_p": "above 0 up to 1"})
 
 
 # --- data and libraries ----------------------------------------------------------------------------------------------

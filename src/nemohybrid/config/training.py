@@ -10,7 +10,7 @@ class RunSection(Section):
     """Where a run lives and what makes it repeatable."""
 
     name: str = option("run", "for logs, W&B, and the default folder")
-    dir: str | None = option(None, "the run folder; empty: runs/<name>. The same folder resumes the same run")
+    dir: str = option("runs/${run.name}", "the run folder. The same folder resumes the same run")
     seed: int = option(1234, "initial weights, data order and sampling follow from it", minimum=0)
     device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
 

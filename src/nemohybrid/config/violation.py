@@ -1,6 +1,6 @@
 """One thing that is wrong with a configuration, and how a list of them is shown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ class Violation:
 
     where: str
     message: str
-    legal: dict[str, Sequence[Any] | str] = field(default_factory=dict)
+    legal: Mapping[str, Sequence[Any] | str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         first, *rest = self.message.split("\n")

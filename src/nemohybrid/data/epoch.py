@@ -60,10 +60,11 @@ class IndexCache:
 
     def __init__(self, folder: Path, corpus: Corpus, sequence_length: int, seed: int):
         self.folder = folder
+        num_samples = samples_per_epoch(corpus, sequence_length)
         self.expected = {
             "documents": (corpus.num_sequences,),
-            "starts": (samples_per_epoch(corpus, sequence_length) + 1, 2),
-            "order": (samples_per_epoch(corpus, sequence_length),),
+            "starts": (num_samples + 1, 2),
+            "order": (num_samples,),
         }
         key = [str(Path(corpus.prefix).resolve()), *_identity(corpus), sequence_length, seed]
         digest = hashlib.sha256(json.dumps(key).encode("utf-8")).hexdigest()[:32]

@@ -28,9 +28,10 @@ class Decoder:
 
     @torch.no_grad()
     def feed(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """tokens [B, L] that follow what was fed before -> logits [B, V] of what comes next."""
-        if document_ids is None and self.cache.document_ids is not None:
-            document_ids = self.cache.document_ids[:, -1:].expand(tokens.shape)
+        """tokens [B, L] that follow what was fed before -> logits [B, V] of what comes next.
+
+        Without `document_ids` every row goes on with its last document.
+        """
         seq = SequenceContext(*tokens.shape, document_ids=document_ids, cache=self.cache)
         hidden = self.model.hidden_states(tokens, seq).view(*tokens.shape, -1)
         return self.model.output.logits(hidden[:, -1])

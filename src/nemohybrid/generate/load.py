@@ -10,6 +10,7 @@ from nemohybrid.config.yaml import read_config_yaml
 from nemohybrid.data.tokenizer import Tokenizer, load_tokenizer
 from nemohybrid.errors import CheckpointError
 from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.init import allocate
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import logical_parameters
 
@@ -35,7 +36,10 @@ def load_for_inference(
     if dtype is not None:
         config = replace(config, dtype=dtype)
         config.freeze()
-    model = HybridModel.create(config, context=ParallelContext.single(device)).eval().requires_grad_(False)
+    with torch.device("meta"):
+        model = HybridModel(config, ParallelContext.single(device))
+    allocate(model, device)
+    model.eval().requires_grad_(False)
     tensors = logical_parameters(model) | dict(model.named_buffers())
     load_checkpoint(
         checkpoint,

@@ -1,5 +1,6 @@
 """How the next token is chosen."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature {self.temperature} is negative; 0 is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature {self.temperature} is not a number from 0 on; 0 is greedy")
         if self.top_k < 0:
             raise ConfigError(f"top-k {self.top_k} is negative; 0 keeps every token")
         if not 0 < self.top_p <= 1:
@@ -34,20 +35,34 @@ class Sampling:
         return torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(logits.device)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn with, [B, V] fp32: tempered first, then cut to top-k, then to top-p."""
-        scores = logits.float() / self.temperature
-        if 0 < self.top_k < scores.shape[-1]:
-            kth = scores.topk(self.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < kth, float("-inf"))
-        return _nucleus(scores.softmax(dim=-1), self.top_p)
+        """What tokens are drawn with, [B, V] fp32: tempered first, then cut to top-k, then to top-p.
+
+        Of equally likely tokens, frequent among bf16 logits, the lowest ids are kept, so that top-k is exactly k.
+        The temperature must not be 0.
+        """
+        scores = logits.float()
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / self.temperature  # <= 0: none overflows
+        probabilities = scores.softmax(dim=-1)
+        if self.top_k == 0 and self.top_p == 1:
+            return probabilities
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        kept = _nucleus(_top(ordered, self.top_k), self.top_p)
+        return torch.zeros_like(probabilities).scatter(-1, order, kept)
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest most likely tokens that together hold at least `top_p` (Holtzman et al. 2019), renormalised."""
+def _top(ordered: Tensor, k: int) -> Tensor:
+    """The first `k` of descending probabilities, renormalised; 0 keeps all."""
+    if k == 0:
+        return ordered
+    kept = ordered.clone()
+    kept[:, k:] = 0.0
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def _nucleus(ordered: Tensor, top_p: float) -> Tensor:
+    """The fewest of descending probabilities that hold at least `top_p` (Holtzman et al. 2019), renormalised."""
     if top_p == 1:
-        return probabilities
-    ordered, order = probabilities.sort(dim=-1, descending=True)
+        return ordered
     before = ordered.cumsum(dim=-1) - ordered
     kept = ordered.masked_fill(before >= top_p, 0.0)
-    result = torch.zeros_like(probabilities).scatter(-1, order, kept)
-    return result / result.sum(dim=-1, keepdim=True)
+    return kept / kept.sum(dim=-1, keepdim=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemohybrid.config.derive import derive_sizes
@@ -54,19 +54,18 @@ def read_config(folder: Path, dtype: torch.dtype = torch.float32) -> ModelConfig
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} not found: {folder} is not a Hugging Face model folder")
-    hf = json.loads(path.read_text())
+    hf = _json_object(path)
     if hf.get("model_type") != "nemotron_h":
         raise CheckpointError(f"{path} describes a {hf.get('model_type')!r} model; only nemotron_h can be read")
-    names = {value: name for name, value in DTYPES.items()}
+    _refuse_unsupported(path, hf, dtype)
     config = ModelConfig(
         name=folder.name,
-        pattern=_pattern(hf),
-        dtype=names[dtype],
+        pattern=_pattern(path, hf),
+        dtype=next(name for name, value in DTYPES.items() if value == dtype),
         head_dim=hf.get("head_dim") or hf.get("attention_head_dim"),
         dt_limit=_dt_limit(hf),
         shared_expert_ffn_hidden_size=hf.get("moe_shared_expert_intermediate_size", 0),
         activation="squared_relu",
-        linear_bias=_linear_bias(path, hf),
         router=_router(hf),
         **{ours: hf[theirs] for ours, theirs in _SAME_MEANING.items() if theirs in hf},
     )
@@ -108,24 +107,44 @@ def _router(hf: Mapping[str, Any]) -> RouterConfig:
     )
 
 
-def _pattern(hf: Mapping[str, Any]) -> str:
+def _pattern(path: Path, hf: Mapping[str, Any]) -> str:
     if text := hf.get("hybrid_override_pattern"):
         return text
-    return "".join(SYMBOL_OF_BLOCK[block] for block in hf["layers_block_type"])
+    blocks = hf.get("layers_block_type") or []
+    unknown = [block for block in blocks if block not in SYMBOL_OF_BLOCK]
+    if unknown or not blocks:
+        fault = f"names unknown layers {unknown}" if blocks else "names no layers"
+        raise CheckpointError(f"{path} {fault}. Legal in layers_block_type: {', '.join(SYMBOL_OF_BLOCK)}")
+    return "".join(SYMBOL_OF_BLOCK[block] for block in blocks)
 
 
-def _linear_bias(path: Path, hf: Mapping[str, Any]) -> bool:
-    """transformers has a switch a layer kind; we have one for all."""
-    kinds = {hf.get("use_bias", False) or hf.get("mamba_proj_bias", False), hf.get("mlp_bias", False)}
-    if kinds != {False} or hf.get("attention_bias", False):
-        raise CheckpointError(f"{path}: biases of projections (use_bias, mlp_bias, attention_bias) cannot be read")
-    return False
+_FIXED = {
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "mamba_proj_bias": False,
+}
+"""Fields that can be read with one value only. transformers switches biases by layer kind; we have one switch for all."""
+
+
+def _refuse_unsupported(path: Path, hf: Mapping[str, Any], dtype: torch.dtype) -> None:
+    wrong = [
+        f"{field}={hf[field]}, only {only} can be read" for field, only in _FIXED.items() if hf.get(field, only) != only
+    ]
+    if hf.get("moe_latent_size"):
+        wrong.append(f"moe_latent_size={hf['moe_latent_size']}, LatentMoE layers cannot be read yet")
+    if dtype not in DTYPES.values():
+        wrong.append(f"dtype={dtype} was asked for. Legal: {', '.join(map(str, DTYPES.values()))}")
+    if wrong:
+        raise CheckpointError(f"{path}: " + "; ".join(wrong))
 
 
 def _dt_limit(hf: Mapping[str, Any]) -> list[float] | None:
     """`[0.0, {"__float__": "Infinity"}]` is how transformers writes no limit."""
     limit = [
-        float(v["__float__"]) if isinstance(v, dict) else float(v) for v in hf.get("time_step_limit", (0, math.inf))
+        float(v["__float__"]) if isinstance(v, dict) else float(v) for v in hf.get("time_step_limit") or (0, math.inf)
     ]
     return None if limit == [0.0, math.inf] else limit
 
@@ -191,30 +210,44 @@ def _fill(folder: Path, model: HybridModel) -> None:
         parts = views.pop(name, None)
         if parts is None:
             problems.append(f"unexpected tensor {name}")
-        elif tensor.shape[0] != sum(p.shape[0] for p in parts) or tensor[0].numel() != parts[0][0].numel():
-            problems.append(f"{name} is {list(tensor.shape)}, the model needs {[list(p.shape) for p in parts]}")
-        else:
-            for part, rows in zip(parts, tensor.split([p.shape[0] for p in parts]), strict=True):
-                part.copy_(rows.reshape(part.shape))  # conv1d.weight is [channels, 1, taps] on disk
+            continue
+        needed = _disk_shape(name, parts)
+        if list(tensor.shape) != needed:
+            problems.append(f"{name} is {list(tensor.shape)}, the model needs {needed}")
+            continue
+        for part, rows in zip(parts, tensor.split([p.shape[0] for p in parts]), strict=True):
+            part.copy_(rows.reshape(part.shape))
     problems += [f"missing tensor {name}" for name in views]
     if problems:
         raise CheckpointError(f"{folder} does not fit its own config.json:\n  " + "\n  ".join(problems[:20]))
 
 
+def _disk_shape(name: str, parts: list[Tensor]) -> list[int]:
+    """The parts stacked; the convolution has one input channel, [channels, 1, taps]."""
+    one_channel = [1] if name.endswith("conv1d.weight") else []
+    return [sum(p.shape[0] for p in parts), *one_channel, *parts[0].shape[1:]]
+
+
 def _disk_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder but those of MTP blocks."""
     for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as content:
-            for name in content.keys():  # noqa: SIM118 - not a mapping
-                if not name.startswith("mtp."):
-                    yield name, content.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as content:
+                for name in content.keys():  # noqa: SIM118 - not a mapping
+                    if not name.startswith("mtp."):
+                        yield name, content.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """`model.safetensors`, or the shards that `model.safetensors.index.json` lists."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = _json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map: tensor name -> file")
+        names = sorted({str(name) for name in weight_map.values()})
         if outside := [name for name in names if Path(name).name != name]:
             raise CheckpointError(f"{index} names a file outside its folder: {outside[0]!r}")
     else:
@@ -223,3 +256,13 @@ def _weight_files(folder: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{folder / missing[0]} not found")
     return [folder / name for name in names]
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content

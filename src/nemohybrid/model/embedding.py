@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemohybrid.config.model import ModelConfig
-from nemohybrid.model.init import normal
+from nemohybrid.model.init import normal, padded
 from nemohybrid.model.linear import COLUMN, Gemm, plain_gemm
 from nemohybrid.parallel.layout import Piece, parameter
 
@@ -23,7 +23,8 @@ class VocabularyMatrix(nn.Module):
         self.role = "vocabulary"
         self.gemm: Gemm = plain_gemm
         shape = (padded_vocabulary(config), config.hidden_size)
-        self.weight = parameter(Piece("", shape, normal(config.init_std)), shard=COLUMN)
+        init = padded(normal(config.init_std), config.vocab_size)
+        self.weight = parameter(Piece("", shape, init), shard=COLUMN)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D] in fp32."""

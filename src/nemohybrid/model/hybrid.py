@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nemohybrid.config.model import ModelConfig
+from nemohybrid.errors import ConfigError, DataError
 from nemohybrid.model import attention, mamba2, mlp  # noqa: F401 - they register their symbols
 from nemohybrid.model.embedding import VocabularyMatrix
 from nemohybrid.model.init import allocate, initialize
@@ -19,6 +20,18 @@ from nemohybrid.symbols import parse_pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Name in the configuration -> compute dtype."""
+
+_DERIVED = (
+    "num_attention_heads",
+    "num_query_groups",
+    "head_dim",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "shared_expert_ffn_hidden_size",
+)
+"""Sizes that may be left empty in a configuration and must be filled in before a model is built."""
 
 
 class Layer(nn.Module):
@@ -44,6 +57,10 @@ class HybridModel(nn.Module):
     def __init__(self, config: ModelConfig, context: ParallelContext | None = None) -> None:
         super().__init__()
         context = context or ParallelContext.single()
+        if empty := [name for name in _DERIVED if getattr(config, name) is None]:
+            raise ConfigError(
+                f"model.{', model.'.join(empty)} not set; nemohybrid.config.derive.derive_sizes fills them"
+            )
         self.config = config
         self.dtype = DTYPES[config.dtype]
         self.recompute = False
@@ -74,7 +91,11 @@ class HybridModel(nn.Module):
 
     def hidden_states(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
         """input_ids [B, L] -> [B*L, D], after the final norm: what the output projection and draft heads read."""
-        seq = seq or SequenceContext(*input_ids.shape)
+        batch, length = input_ids.shape
+        seq = seq or SequenceContext(batch, length)
+        if (seq.batch, seq.length) != (batch, length):
+            described = [seq.batch, seq.length]
+            raise DataError(f"input_ids are {[batch, length]}, but the sequence context describes {described}")
         x = self.embedding.embed(input_ids.flatten()).to(self.dtype)
         x = self.final_norm(self._run(self.layers, x, seq))
         seq.advance()

@@ -44,6 +44,15 @@ def inverse_softplus_dt(dt_min: float, dt_max: float, floor: float) -> Init:
     return draw
 
 
+def padded(init: Init, rows: int) -> Init:
+    """`init` for the first `rows` rows and zeros below, so that the padding changes none of the values that count."""
+
+    def draw(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+        return torch.cat([init(generator, (rows, *shape[1:])), torch.zeros(shape[0] - rows, *shape[1:])])
+
+    return draw
+
+
 def generator_for(seed: int, name: str) -> torch.Generator:
     """The random stream of one logical tensor."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -81,12 +81,20 @@ class Mamba2(Mixer):
         """x [T, D] -> [T, D]."""
         zxbcdt = self.in_proj(x).view(seq.batch, seq.length, -1)
         z, xbc, dt = zxbcdt.split([self.inner, sum(self.in_proj.widths[1:4]), self.heads], dim=-1)
-        past = seq.cache.states.get(self) if seq.cache else None
+        past = self._past(seq)
         xbc, conv_state = self.conv(xbc, seq, past and past.conv)
         y, ssm_state = self._scan(xbc, self.time_steps(dt), seq, past and past.ssm)
         if seq.cache is not None:
             seq.cache.states[self] = MambaState(conv_state, ssm_state)
         return self.out_proj(self.norm(y, z).reshape(seq.tokens, -1))
+
+    def _past(self, seq: SequenceContext) -> MambaState | None:
+        """What the cache remembers, zeroed in rows where a new document begins with these tokens."""
+        past = seq.cache.states.get(self) if seq.cache else None
+        goes_on = seq.goes_on()
+        if past is None or goes_on is None:
+            return past
+        return MambaState(past.conv * goes_on[:, None, None], past.ssm * goes_on[:, None, None, None])
 
     def time_steps(self, dt: Tensor) -> Tensor:
         """Raw dt [B, L, H] -> positive fp32 steps, clamped only where the configuration asks for it."""

@@ -1,6 +1,7 @@
 """A layer symbol is a mixer; here is the contract, and the registry that maps one to the other."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -26,13 +27,15 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
 
+M = TypeVar("M", bound=Mixer)
+
 _mixers: dict[str, type[Mixer]] = {}
 
 
-def mixer(symbol: str, description: str) -> Callable[[type[Mixer]], type[Mixer]]:
+def mixer(symbol: str, description: str) -> Callable[[type[M]], type[M]]:
     """Class decorator: `@mixer("M", "Mamba-2")` makes the class what a pattern means by the symbol."""
 
-    def register(cls: type[Mixer]) -> type[Mixer]:
+    def register(cls: type[M]) -> type[M]:
         register_symbol(symbol, description)
         _mixers[symbol] = cls
         return cls

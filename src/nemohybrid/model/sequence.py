@@ -34,6 +34,12 @@ class SequenceContext:
     cache: DecodeCache | None = None
     _masks: dict[torch.device, Tensor | None] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        """Raises DataError when the document ids are not [batch, length]."""
+        if self.document_ids is not None and tuple(self.document_ids.shape) != (self.batch, self.length):
+            shape = list(self.document_ids.shape)
+            raise DataError(f"document_ids are {shape}, but the rows are [{self.batch}, {self.length}]")
+
     @property
     def tokens(self) -> int:
         """Rows of the residual stream."""
@@ -50,19 +56,36 @@ class SequenceContext:
 
         Raises DataError when the rows are not equally long or a document is empty.
         """
-        totals = {sum(row) for row in lengths}
-        if len(totals) != 1 or any(n <= 0 for row in lengths for n in row):
-            sums = [sum(row) for row in lengths]
-            raise DataError(f"packed rows must be equally long and documents not empty; the rows hold {sums} tokens")
+        sums = [sum(row) for row in lengths]
+        if len(set(sums)) != 1:
+            raise DataError(f"packed rows must be equally long; these hold {sums} tokens")
+        if any(not row or min(row) <= 0 for row in lengths):
+            raise DataError(
+                f"a packed document needs at least one token; the lengths are {[list(row) for row in lengths]}"
+            )
         ids = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
-        return cls(len(lengths), totals.pop(), torch.stack(ids).to(device, torch.int32))
+        return cls(len(lengths), sums[0], torch.stack(ids).to(device, torch.int32))
 
     def all_document_ids(self) -> Tensor | None:
-        """[batch, past + length]: the documents of everything attention can look back on; None when there is one a row."""
+        """[batch, past + length]: the documents of everything attention can look back on; None when there is one a row.
+
+        Where only the past or only these tokens have ids, the first of these tokens goes on with the document before it.
+        """
+        ids, past_ids = self.document_ids, self.cache.document_ids if self.cache else None
+        if self.past == 0:
+            return ids
+        if ids is None and past_ids is not None:
+            ids = past_ids[:, -1:].expand(-1, self.length)
+        if past_ids is None and ids is not None:
+            past_ids = ids[:, :1].expand(-1, self.past)
+        return None if ids is None or past_ids is None else torch.cat([past_ids, ids], dim=1)
+
+    def goes_on(self) -> Tensor | None:
+        """[batch] True where the first token belongs to the document of the last cached one; None: in every row."""
         past_ids = self.cache.document_ids if self.cache else None
-        if self.document_ids is None or self.past == 0:
-            return self.document_ids
-        return self.document_ids if past_ids is None else torch.cat([past_ids, self.document_ids], dim=1)
+        if past_ids is None or self.document_ids is None:
+            return None
+        return past_ids[:, -1] == self.document_ids[:, 0]
 
     def attention_mask(self, device: torch.device) -> Tensor | None:
         """[batch or 1, 1, length, past + length], True where a token may look; None: plainly causal without a past."""

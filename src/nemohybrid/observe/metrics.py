@@ -3,9 +3,12 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class MetricsWriter:
@@ -49,8 +52,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def scalars(record: Any) -> dict[str, float]:
+def scalars(record: "DataclassInstance") -> dict[str, float]:
     """The numbers of a step or an evaluation, flat, for trackers."""
-    values = asdict(record) if is_dataclass(record) and not isinstance(record, type) else dict(record)
+    values: dict[str, Any] = asdict(record)
     values |= values.pop("metrics", {})
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float) and name != "step"}

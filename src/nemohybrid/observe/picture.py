@@ -15,7 +15,7 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     trained = [(r["step"], r[key]) for r in records if isinstance(r.get(key), float)]
-    validated = [(r["step"], r[f"val_{key}"]) for r in records if f"val_{key}" in r]
+    validated = [(r["step"], r[f"val_{key}"]) for r in records if isinstance(r.get(f"val_{key}"), float)]
     if trained:
         axes.plot(*zip(*trained, strict=True), linewidth=1, color="#8fb3d9", label="training, each step")
         axes.plot(*zip(*_smooth(trained), strict=True), linewidth=2, color="#1f5fa8", label="training, smoothed")

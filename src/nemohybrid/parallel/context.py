@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from nemohybrid.errors import BackendError
+
 
 @dataclass(frozen=True)
 class Group:
@@ -46,9 +48,11 @@ def world_from_environment() -> tuple[int, int, int]:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """`auto` takes this rank's GPU where there is one."""
+    """`auto` takes this rank's GPU where there is one. Raises BackendError for `cuda` where this rank has none."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise BackendError(f"no GPU {local_rank} here ({torch.cuda.device_count()} seen by torch). Legal: cpu, auto")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -67,7 +71,10 @@ def start(device: str = "auto", backend: str = "auto", timeout_minutes: float = 
 
 
 def stop() -> None:
-    """Leave the job, after everyone is done: a rank that leaves early makes its peers fail."""
+    """Leave the job, after everyone is done: a rank that leaves early makes its peers fail.
+
+    Not for a rank that fails: its barrier would meet another collective of its peers. It just exits, and they notice.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.parallel.context import Group
@@ -39,11 +40,9 @@ def _sum_bucket(bucket: list[Tensor], group: Group) -> None:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Global L2 norm over all gradients, an fp32 scalar tensor."""
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None], 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
     """Scale all gradients so that their global norm, known to be `norm`, is at most `limit`."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    clip_grads_with_norm_(parameters, limit, norm)

@@ -19,8 +19,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; copies to a GPU overlap with what runs there."""
         ids = self.document_ids
-        move = [t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.loss_mask)]
-        return Batch(*move, None if ids is None else ids.to(device, non_blocking=True))
+        tokens, labels, mask = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.loss_mask))
+        return Batch(tokens, labels, mask, None if ids is None else ids.to(device, non_blocking=True))
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Microbatches of `size` sequences, in order."""

@@ -1,9 +1,11 @@
 """Saving a run and taking it up again."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from nemohybrid.checkpoint.folders import find_checkpoints, step_of
 from nemohybrid.checkpoint.load import load_checkpoint, newest_complete, read_metadata, read_state
 from nemohybrid.checkpoint.retention import prune
 from nemohybrid.checkpoint.save import save_checkpoint
@@ -22,13 +24,13 @@ class Checkpointer:
 
     def __init__(self, config: RunConfig, context: ParallelContext, tokenizer: Tokenizer) -> None:
         self.config, self.context, self.tokenizer = config, context, tokenizer
-        self.root = Path(config.run.dir or "") / "checkpoints"
-        self.tokenizer_folder = Path(config.run.dir or "") / "tokenizer"
+        self.root = Path(config.run.dir) / "checkpoints"
+        self.tokenizer_folder = Path(config.run.dir) / "tokenizer"
 
     def save(self, step: int, model: HybridModel, optimizer: torch.optim.Optimizer) -> Path:
         """Write everything the run is made of, then drop the oldest checkpoints beyond `checkpoint.keep`."""
         tensors = run_tensors(model, optimizer) | random_states(self.context.rank)
-        state = run_state(step, self.config.as_dict())
+        state = run_state(step, self._fixed())
         extra: dict[str, Path | str | bytes] = {"config.yaml": config_yaml(self.config)}
         if self.context.is_main:
             self.tokenizer.save(self.tokenizer_folder)
@@ -40,7 +42,9 @@ class Checkpointer:
     def find(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from, and what to tell the user about damaged ones. None: start from step 0."""
         if self.config.resume not in ("auto", "never"):
-            return Path(self.config.resume), []
+            path = Path(self.config.resume)
+            self._check_is_newest_here(path)
+            return path, []
         if self.config.resume == "never":
             if any(self.root.glob("step_*")):
                 raise CheckpointError(
@@ -51,6 +55,16 @@ class Checkpointer:
         if newest is None:
             return None, []
         return newest.path, [f"damaged checkpoint {path}: {reason}" for path, reason in newest.skipped]
+
+    def _check_is_newest_here(self, path: Path) -> None:
+        """Going back below newer checkpoints would prune what is saved next, and `resume=auto` would take the old ones."""
+        start = read_state(path)["step"]
+        newer = [folder.name for folder in find_checkpoints(self.root) if (step_of(folder) or 0) > start]
+        if newer:
+            raise CheckpointError(
+                f"{path} is at step {start}, but {self.root} has newer checkpoints: {', '.join(newer)}. "
+                "Move those away, or give another run.dir"
+            )
 
     def load(self, path: Path, model: HybridModel, optimizer: torch.optim.Optimizer) -> int:
         """Fill model and optimizer in place; returns the step they are at."""
@@ -63,8 +77,13 @@ class Checkpointer:
         start_state(optimizer, state["step"])
         return state["step"]
 
+    def _fixed(self) -> dict[str, Any]:
+        """The settings, and the tokenizer whose ids the weights have learnt."""
+        ids = {f"tokenizer.{key}": value for key, value in self.tokenizer.description.items()}
+        return fixed_settings(self.config.as_dict()) | ids
+
     def _check_settings(self, path: Path) -> None:
-        then, now = read_state(path)["fixed"], fixed_settings(self.config.as_dict())
+        then, now = read_state(path)["fixed"], self._fixed()
         changed = [f"  {k}: {then.get(k)} -> {now.get(k)}" for k in sorted({*then, *now}) if then.get(k) != now.get(k)]
         if changed:
             listed = "\n".join(changed)

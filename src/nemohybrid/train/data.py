@@ -37,7 +37,7 @@ class RunData:
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context
         self.plan = BatchPlan(config.train)
-        cache = Path(config.data.cache or Path(config.run.dir or "") / "data")
+        cache = Path(config.data.cache or Path(config.run.dir) / "data")
         sources = on_main_first(context, lambda: find_sources(config, cache))
         self.tokenizer = sources.tokenizer
         self._check_vocabulary(sources)
@@ -96,7 +96,9 @@ def find_sources(config: RunConfig, cache: Path) -> Sources:
     """The corpora of a configuration; the bundled text is prepared where it is not yet."""
     data = config.data
     if data.bundled:
-        made = prepare_bundled(cache / data.bundled, data.tokenizer or "byte")
+        spec = data.tokenizer or "byte"
+        folder = cache / f"{data.bundled}-{Path(spec).name.replace(':', '-')}"
+        made = prepare_bundled(folder, spec)
         return Sources(made.train, made.valid, made.tokenizer)
     assert data.train is not None, "a rule checks that there is training data"
     train = Path(data.train)
@@ -104,12 +106,13 @@ def find_sources(config: RunConfig, cache: Path) -> Sources:
 
 
 def _tokenizer(spec: str | None, train: Path) -> Tokenizer:
-    """The one named, or the one the corpus was made with: `byte`, or a tokenizer.json beside it."""
+    """The one named, or the one the corpus was made with: `byte`, or what `data prepare` left in PREFIX.tokenizer."""
     if spec:
         return load_tokenizer(spec)
     info = Corpus(train).info
     if info and info.tokenizer.get("type") == "byte":
         return load_tokenizer("byte")
-    if (train.parent / "tokenizer.json").is_file():
-        return load_tokenizer(train.parent)
+    beside = Path(f"{train}.tokenizer")
+    if beside.is_dir():
+        return load_tokenizer(beside)
     raise DataError(f"no tokenizer is known for {train}; give data.tokenizer=byte or the path of its tokenizer.json")

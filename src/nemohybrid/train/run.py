@@ -17,15 +17,16 @@ def run(config: RunConfig, context: ParallelContext) -> Trainer:
     """Train to the end of `config`, or to `train.stop_at`. Only rank 0 writes and prints."""
     check_agreement(config, context)
     use_threads(config.train.threads)
-    folder = Path(config.run.dir or "")
+    folder = Path(config.run.dir)
     say = print if context.is_main else _silent
     if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config_yaml(config))
     say(_introduction(config, context), flush=True)
     trainer = Trainer(config, context, standard(config, context.is_main))
     for note in trainer.resume():
         say(note, flush=True)
+    if context.is_main:  # only now: a refused resume must not change what the folder says about itself
+        (folder / "config.yaml").write_text(config_yaml(config))
     trainer.fit()
     say(_conclusion(trainer, folder), flush=True)
     return trainer

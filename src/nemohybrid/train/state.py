@@ -34,12 +34,12 @@ def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return model_tensors(model) | optimizer_tensors(optimizer, model)
 
 
-def run_state(step: int, config: dict[str, Any]) -> dict[str, Any]:
+def run_state(step: int, fixed: dict[str, Any]) -> dict[str, Any]:
     """The JSON side: where the run is, and the settings that a resumed run must not change."""
-    return {"step": step, "fixed": fixed_settings(config)}
+    return {"step": step, "fixed": fixed}
 
 
-FIXED = ("run.seed", "data.sequence_length", "train.global_batch", "model")
+FIXED = ("run.seed", "data.sequence_length", "train.global_batch", "train.batch_ramp", "model")
 """Changing one of these in the middle would change what the same step means."""
 FREE_IN_MODEL = ("name", "dtype", "chunk_size")
 """Keys of `model` that do not change the parameters or what they mean."""

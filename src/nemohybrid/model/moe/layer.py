@@ -49,5 +49,6 @@ class MoE(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
-        out = self.experts(x, *self.router(x))
+        ids, weights = self.router(x)
+        out = self.experts(x, ids, weights)
         return out if self.shared_expert is None else out + self.shared_expert(x, seq)

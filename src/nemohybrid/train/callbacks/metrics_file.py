@@ -15,7 +15,7 @@ class MetricsFile(Callback):
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Go on at the end of the file that is there."""
-        self.writer = MetricsWriter(Path(trainer.config.run.dir or "") / "metrics.jsonl")
+        self.writer = MetricsWriter(Path(trainer.config.run.dir) / "metrics.jsonl")
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Everything known of the step."""

@@ -13,5 +13,5 @@ class Picture(Callback):
 
     def on_run_end(self, trainer: Trainer) -> None:
         """The whole curve, over all restarts."""
-        folder = Path(trainer.config.run.dir or "")
+        folder = Path(trainer.config.run.dir)
         draw_loss(read_metrics(folder / "metrics.jsonl"), folder / "loss.png", title=trainer.config.run.name)

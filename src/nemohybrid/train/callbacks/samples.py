@@ -25,4 +25,4 @@ class Samples(Callback):
         )
         written = "\n".join(f"----- sample {i} -----\n{text}\n" for i, text in enumerate(texts, 1))
         print(f"\n{written}")
-        (Path(trainer.config.run.dir or "") / "samples.txt").write_text(written)
+        (Path(trainer.config.run.dir) / "samples.txt").write_text(written)

@@ -19,7 +19,7 @@ class TensorBoard(Callback):
         """Events of steps that will be replayed are purged by TensorBoard itself."""
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = Path(trainer.config.run.dir or "") / "tensorboard"
+        folder = Path(trainer.config.run.dir) / "tensorboard"
         self.writer = SummaryWriter(str(folder), purge_step=trainer.step + 1)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:

@@ -1,5 +1,6 @@
 """Weights & Biases. One W&B run for one run folder, over any number of restarts."""
 
+import netrc
 import os
 import secrets
 from pathlib import Path
@@ -21,7 +22,7 @@ class WandB(Callback):
         """Resume the run whose id lies in the run folder, or start one and write its id there first."""
         import wandb
 
-        folder = Path(trainer.config.run.dir or "")
+        folder = Path(trainer.config.run.dir)
         self.run = wandb.init(
             project=trainer.config.logging.wandb_project,
             name=trainer.config.run.name,
@@ -56,5 +57,13 @@ def run_id(file: Path) -> str:
 
 def mode() -> str:
     """What WANDB_MODE says; without it, online only where there is a key."""
-    has_key = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").is_file()
+    has_key = os.environ.get("WANDB_API_KEY") or _key_in_netrc(Path.home() / ".netrc")
     return os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+
+
+def _key_in_netrc(file: Path) -> bool:
+    """Whether `wandb login` left a key there. Clusters keep a .netrc for other hosts too, and wandb would ask for a key."""
+    try:
+        return netrc.netrc(str(file)).authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,130 @@
+"""What ships in `configs/`, swapped and resized, and how the shell learns that something is wrong."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemohybrid.config.compose import configs_dir, groups, load_config, load_model_config
+
+SHIPPED = groups()
+
+
+@pytest.mark.parametrize("name", SHIPPED["model"])
+def test_every_shipped_model_composes_and_passes_the_rules_of_models(name):
+    config = load_model_config([f"model={name}"])
+    assert config.model.name == name, "the file name and the name inside differ"
+
+
+@pytest.mark.parametrize("name", SHIPPED["experiment"])
+def test_every_shipped_experiment_can_be_trained(name):
+    load_config([f"experiment={name}"])
+
+
+@pytest.mark.parametrize("group", [g for g in SHIPPED if g not in ("model", "experiment", "data")])
+def test_every_option_of_every_group_composes(group):
+    for option in SHIPPED[group]:
+        load_model_config([f"{group}={option}"])
+
+
+def test_no_shipped_configuration_names_code():
+    guilty = [f for f in configs_dir().rglob("*.yaml") if "_target_" in f.read_text()]
+    assert not guilty
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_moe", "quickstart"])
+def test_a_model_swapped_under_an_experiment_takes_its_vocabulary(model):
+    experiment = load_config(["experiment=quickstart"])
+    swapped = load_config(["experiment=quickstart", f"model={model}"])
+    assert swapped.model.name == model
+    assert swapped.model.vocab_size == experiment.model.vocab_size != load_model_config([]).model.vocab_size
+
+
+def test_the_quickstart_can_be_cut_in_two_later():
+    config = load_config(["experiment=quickstart"])
+    m = config.model
+    layers = len(m.pattern)
+    counts = [m.num_attention_heads, m.num_query_groups, m.mamba_num_heads, m.mamba_num_groups, config.train.global_batch]
+    assert [n % 2 for n in (*counts, layers)] == [0] * 6, counts
+
+
+@settings(max_examples=150, deadline=None)
+@given(hidden=st.integers(16, 1024), model=st.sampled_from(["tiny", "tiny_moe"]))
+def test_overriding_the_hidden_size_alone_is_always_legal(hidden, model):
+    m = load_model_config([f"model={model}", f"model.hidden_size={hidden}"]).model
+    sizes = (m.head_dim, m.num_attention_heads, m.num_query_groups, m.mamba_head_dim, m.mamba_num_heads, m.ffn_hidden_size)
+    assert all(isinstance(size, int) and size > 0 for size in sizes), sizes
+    assert m.hidden_size == hidden
+
+
+@settings(max_examples=60, deadline=None)
+@given(heads=st.integers(1, 64), groups=st.integers(1, 16))
+def test_one_given_size_makes_the_derived_ones_fit(heads, groups):
+    load_model_config(["model=tiny", f"model.num_attention_heads={heads}", f"model.mamba_num_groups={groups}"])
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """`shell(arguments) -> (finished process, seconds, modules loaded)` in an empty folder."""
+    program = (
+        "import sys; from nemohybrid.__main__ import main; code = main(sys.argv[1:]);"
+        "print('LOADED', *sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr); sys.exit(code)"
+    )
+
+    def run(*arguments: str, **environment: str):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done, time.monotonic() - started, set(done.stderr.rpartition("LOADED")[2].split())
+
+    return run
+
+
+def test_a_wrong_configuration_is_told_in_five_seconds_without_torch_or_traceback(shell, tmp_path):
+    done, seconds, loaded = shell("train", "data=shakespeare", "train.stpes=3", "optim.lr=abc", "parallel.tensor=3")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for hint in ("'train.steps'", "a number", "parallel.tensor=1, 2"):
+        assert hint in done.stderr, done.stderr
+    assert not loaded & {"torch", "megatron", "matplotlib"}, "a wrong configuration must be told before slow imports"
+    assert seconds < 5, f"{seconds:.1f} s"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_configuration_under_torchrun_starts_no_process_group(shell):
+    world = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done, _, loaded = shell("train", "data=shakespeare", "train.global_batch=7", **world)
+    assert done.returncode == 1
+    assert "train.global_batch=6, 8" in done.stderr
+    assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--help"], ["--cfg", "job", "--resolve"]], ids=" ".join)
+def test_hydras_flags_answer_and_leave_nothing_behind(shell, tmp_path, flags):
+    done, _, loaded = shell("train", "data=shakespeare", "model.hidden_size=48", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "hidden_size: 48" in done.stdout
+    assert "torch" not in loaded
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_groups_and_their_options(shell):
+    done, _, _ = shell("train", "--help")
+    assert "nemotron_h_8b" in done.stdout
+    assert "experiment: quickstart" in done.stdout
+
+
+def test_a_misspelt_key_beside_a_flag_of_hydras_is_refused(shell):
+    done, _, _ = shell("train", "--cfg", "job", "+model.hiden_size=1")
+    assert done.returncode == 1
+    assert "'model.hidden_size'" in done.stderr

@@ -1,0 +1,158 @@
+"""Every rule of `config/rules.py`: something it refuses, what it says is legal, and something it lets pass."""
+
+import importlib.util
+
+import pytest
+
+from nemohybrid.config.rules import MODEL_RULES, RUN_RULES, violated_rules
+from nemohybrid.config.run_config import RunConfig
+
+E = "model=tiny_moe"
+# rule -> (overrides it refuses, words its complaint must hold, overrides it lets pass)
+CASES = {
+    "mamba_heads_over_groups": (
+        ["model.mamba_num_heads=9", "model.mamba_num_groups=4"],
+        ["9 heads", "model.mamba_num_heads=8, 12", "model.mamba_num_groups=1, 3, 9"],
+        ["model.mamba_num_heads=12", "model.mamba_num_groups=4"],
+    ),
+    "dt_limits": (["model.dt_limit=[0.5,0.1]"], ["0 <= low < high"], ["model.dt_limit=[0,0.1]"]),
+    "query_heads_over_groups": (
+        ["model.num_attention_heads=6", "model.num_query_groups=4"],
+        ["model.num_attention_heads=4, 8", "model.num_query_groups=1, 2, 3, 6"],
+        ["model.num_attention_heads=8", "model.num_query_groups=4"],
+    ),
+    "rope_needs_pairs": (
+        ["model.attention.position_embedding=rope", "model.head_dim=33"],
+        ["model.head_dim=32, 34"],
+        ["model.attention.position_embedding=rope", "model.head_dim=34"],
+    ),
+    "top_k_of_experts": ([E, "model.moe_top_k=9"], ["model.moe_top_k=1 to 8"], [E, "model.moe_top_k=8"]),
+    "router_groups": ([E, "model.router.groups=8"], ["model.router.groups=1, 2, 4"], [E, "model.router.groups=4"]),
+    "data_is_a_number": (["parallel.data=many"], ["auto or a number"], ["parallel.data=1"]),
+    "ranks_make_the_world": (["parallel.data=2"], ["start 2 processes"], ["parallel.data=1"]),
+    "layouts_of_this_version": (["parallel.expert=2"], ["data parallelism only"], ["parallel.expert=1"]),
+    "mamba_over_tensor": (
+        ["parallel.tensor=4"],
+        ["2 Mamba groups", "parallel.tensor=1, 2"],
+        ["parallel.tensor=1", "model.mamba_num_groups=3"],
+    ),
+    "attention_over_tensor": (["parallel.tensor=3"], ["query", "parallel.tensor=1, 2, 4"], ["parallel.tensor=1"]),
+    "pipeline_stages": (
+        ['model.pattern="M-|M-|M-"', "parallel.pipeline=2"],
+        ["parallel.pipeline=2", "3"],
+        ['model.pattern="M-|M-|M-"'],
+    ),
+    "experts_over_ranks": ([E, "parallel.expert=3"], ["parallel.expert=1, 2, 4, 8"], [E]),
+    "sequence_over_context": (
+        ["parallel.context=2", "data.sequence_length=66"],
+        ["data.sequence_length=64, 68"],
+        ["data.sequence_length=66"],
+    ),
+    "mtp_of_this_version": (['model.pattern="M-/M-"'], ["multi-token prediction", "model.pattern=M-"], []),
+    "latent_of_this_version": ([E, "model.moe_latent_size=64"], ["model.moe_latent_size=null"], [E]),
+    "batch_over_ranks": (
+        ["train.global_batch=8", "train.microbatch=3"],
+        ["train.microbatch=1, 2, 4, 8"],
+        ["train.global_batch=8", "train.microbatch=4"],
+    ),
+    "batch_ramp": (
+        ["train.batch_ramp.start=3", "train.microbatch=2"],
+        ["train.batch_ramp.start=2, 4"],
+        ["train.batch_ramp.start=4", "train.batch_ramp.increment=2", "train.microbatch=2"],
+    ),
+    "stop_within_steps": (["train.stop_at=1001"], ["train.stop_at=1 to 1000"], ["train.stop_at=1000"]),
+    "schedule_fits": (
+        ["schedule.warmup=600", "schedule.decay=500"],
+        ["schedule.warmup=up to 500"],
+        ["schedule.warmup=500", "schedule.decay=500"],
+    ),
+    "betas_below_one": (["optim.beta2=1"], ["optim.beta2"], ["optim.beta2=0.999"]),
+    "top_p_keeps_something": (["sample.top_p=0"], ["sample.top_p"], ["sample.top_p=1"]),
+    "training_data_exists": (["data=corpus"], ["nemohybrid data prepare", "data=shakespeare"], []),
+    "validation_data_exists": (["data.valid=nowhere/x"], ["nowhere/x.bin and nowhere/x.idx not found"], []),
+    "evaluation_needs_data": (
+        ["data=corpus", "train.evaluate_every=5"],
+        ["no validation data"],
+        ["train.evaluate_every=5"],
+    ),
+    "overlap_in_window": (["data.valid_overlap=256"], ["data.valid_overlap=0 to 255"], ["data.valid_overlap=255"]),
+    "libraries_are_there": (["logging.wandb=true"], ["pip install 'nemohybrid[wandb]'"], []),
+    "resume_exists": (["resume=later"], ["auto, never"], ["resume=never"]),
+}
+# What two rules say about the same key is not looked at where another one must speak as well.
+
+
+@pytest.fixture
+def no_optional_libraries(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_every_rule_has_a_case_here():
+    assert {check.__name__ for check in MODEL_RULES + RUN_RULES} == set(CASES), "a new rule needs a case"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule_refuses_and_says_what_is_legal(name, complaint, no_optional_libraries):
+    overrides, words, _ = CASES[name]
+    message = complaint(*overrides)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule_lets_the_legal_pass(name, compose, no_optional_libraries):
+    compose(*CASES[name][2])
+
+
+def test_each_case_is_refused_by_its_own_rule(no_optional_libraries, monkeypatch, complaint):
+    """Without the rule the complaint is gone: no other rule stands in for it."""
+    for name, (overrides, words, _) in CASES.items():
+        full = complaint(*overrides)
+        for registry in (MODEL_RULES, RUN_RULES):
+            without = [check for check in registry if check.__name__ != name]
+            monkeypatch.setattr(f"nemohybrid.config.rules.{'MODEL' if registry is MODEL_RULES else 'RUN'}_RULES", without)
+        try:
+            assert complaint(*overrides) != full, name
+        except pytest.fail.Exception:
+            pass  # nothing is wrong without the rule
+        except ValueError:
+            assert name == "data_is_a_number", "only that rule guards others from text"
+        monkeypatch.undo()
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_a_batch_is_shared_by_data_ranks(complaint, compose):
+    assert "train.global_batch=6, 9" in complaint("train.global_batch=8", world_size=3)
+    compose("train.global_batch=9", world_size=3)
+
+
+def test_the_world_must_be_filled(complaint, compose):
+    assert "start 4 processes" in complaint("parallel.data=4", world_size=2)
+    compose("parallel.data=2", world_size=2)
+
+
+def test_a_mistyped_corpus_names_those_that_are_there(complaint, tmp_path):
+    for end in ("bin", "idx"):
+        (tmp_path / f"train.{end}").touch()
+    message = complaint("data=corpus", f"data.train={tmp_path}/trian")
+    assert f"data.train={tmp_path}/train" in message
+
+
+def test_two_sources_of_training_text_are_refused(complaint):
+    assert "not both" in complaint("data.train=somewhere")
+
+
+def test_rules_of_absent_layers_are_silent(compose):
+    compose('model.pattern="--"', "model.mamba_num_heads=3", "model.num_attention_heads=3", "model.num_query_groups=2")
+
+
+def test_a_published_model_over_tensor_ranks_gets_no_divisibility_complaint(complaint):
+    message = complaint("model=nemotron_h_8b", "parallel.tensor=8", "optim.lr=3e-4")
+    assert "divi" not in message.replace("data parallelism", "")
+    assert "cannot be shared" not in message
+
+
+def test_rules_can_be_asked_about_a_configuration_made_by_hand():
+    """None of them relies on what Hydra fills in."""
+    config = RunConfig()
+    config.train.stop_at = 2000
+    assert any("stop_at" in str(v) for v in violated_rules(config))

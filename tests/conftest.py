@@ -1,0 +1,97 @@
+"""Tiny models for every room that tests one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemohybrid.config.derive import derive_sizes
+from nemohybrid.config.model import ModelConfig
+from nemohybrid.model import HybridModel
+
+TINY = {
+    "hidden_size": 24,
+    "vocab_size": 61,
+    "init_std": 0.2,
+    "dtype": "float32",
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "head_dim": 10,  # heads x head dim is not the hidden size
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 6,
+    "mamba_num_groups": 2,
+    "ssm_state_size": 5,
+    "chunk_size": 8,
+    "ffn_hidden_size": 40,
+    "num_experts": 6,
+    "moe_top_k": 2,
+    "moe_ffn_hidden_size": 14,
+    "shared_expert_ffn_hidden_size": 18,
+}
+
+
+def _tiny_config(pattern: str, **changes) -> ModelConfig:
+    config = ModelConfig(pattern=pattern, **(TINY | changes))
+    derive_sizes(config)
+    return config
+
+
+def _tiny_model(pattern: str, seed: int = 0, **changes) -> HybridModel:
+    """No vector at its initial 0 or 1, where a mistake might not show; router biases that matter."""
+    model = HybridModel.create(_tiny_config(pattern, **changes), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.ndim == 1:
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.2)
+    return model
+
+
+def _token_rows(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _gradients(model: HybridModel, *outputs: Tensor) -> dict[str, Tensor]:
+    """Gradient of every parameter, under the same random output gradients on every call."""
+    generator = torch.Generator().manual_seed(7)
+    loss = sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outputs)
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not missing, f"no gradient reaches {missing}"
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def _assert_close_to_scale(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    """Every tensor within `tolerance` of the largest entry of the wanted one."""
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        error = (got[name] - expected).abs().max().item()
+        scale = expected.abs().max().item()
+        assert error <= tolerance * scale, f"{name}: off by {error:.1e}, its largest entry is {scale:.1e}"
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., ModelConfig]:
+    return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., HybridModel]:
+    return _tiny_model
+
+
+@pytest.fixture(scope="session")
+def token_rows() -> Callable[..., Tensor]:
+    return _token_rows
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[..., dict[str, Tensor]]:
+    return _gradients
+
+
+@pytest.fixture(scope="session")
+def assert_close_to_scale() -> Callable[..., None]:
+    return _assert_close_to_scale

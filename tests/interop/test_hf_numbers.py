@@ -1,0 +1,99 @@
+"""A NemotronH folder gives what transformers computed from it: logits, gradients, documents, greedy tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemohybrid.generate.engine import Decoder, generate_tokens
+from nemohybrid.generate.sampling import Sampling
+from nemohybrid.interop.hf import disk_views, load_hf
+from nemohybrid.model import SequenceContext
+from nemohybrid.parallel.layout import layout_of
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return load_hf(case.folder)
+
+
+def mean_loss(model, ids):
+    logits = model(ids)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_logits_and_loss_agree(case, model):
+    ids = case.tensors["input_ids"]
+    torch.testing.assert_close(model(ids), case.tensors["logits"], rtol=0, atol=1e-4)
+    assert abs(mean_loss(model, ids).item() - case.facts["loss"]) < 1e-5
+
+
+def test_every_parameter_gradient_agrees(case):
+    """Largest difference of each, relative to its largest entry: 1e-4. Found: 1e-5 dense, 2e-5 moe (an A_log)."""
+    model = load_hf(case.folder)
+    mean_loss(model, case.tensors["input_ids"]).backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.grad  # so that the views of the values are views of the gradients
+    ours = {name: parts for name, parts in disk_views(model).items() if not name.endswith("e_score_correction_bias")}
+    assert ours.keys() == case.gradients.keys()
+    for name, want in case.gradients.items():
+        got = torch.cat([part.reshape(len(part), -1) for part in ours[name]]).view_as(want)
+        error, scale = (got - want).abs().max().item(), want.abs().max().item()
+        assert error <= 1e-4 * scale, f"{name}: off by {error:.1e}, its largest entry is {scale:.1e}"
+
+
+def test_packed_documents_give_what_separate_runs_gave(case, model):
+    seq = SequenceContext.packed([case.facts["doc_split"]])
+    logits = model(case.tensors["input_ids"][:1], seq)
+    torch.testing.assert_close(logits, case.tensors["logits_docs"], rtol=0, atol=1e-4)
+
+
+def test_left_padding_as_a_document_of_its_own_gives_the_logits_of_a_padding_mask(case, model):
+    mask = case.tensors["padded_mask"]
+    logits = model(case.tensors["padded_ids"], SequenceContext(*mask.shape, document_ids=mask))
+    torch.testing.assert_close(logits[mask.bool()], case.tensors["logits_padded"][mask.bool()], rtol=0, atol=1e-4)
+
+
+def test_greedy_tokens_are_the_same_through_the_cache(case, model):
+    prompts = case.tensors["greedy"][:, :13].tolist()
+    assert generate_tokens(model, prompts, 16, GREEDY) == case.tensors["greedy"][:, 13:].tolist()
+
+
+def test_prompts_of_different_lengths_go_on_as_padded_rows_do(case, model):
+    prompts = [row[keep.bool()].tolist() for row, keep in zip(*(case.tensors[f"padded_{t}"] for t in ("ids", "mask")))]
+    assert [len(p) for p in prompts] == [28, 37]
+    logits = Decoder(model).prefill(prompts)
+    torch.testing.assert_close(logits, case.tensors["logits_padded"][:, -1], rtol=0, atol=1e-4)
+
+
+def test_routers_choose_the_same_experts(case, model):
+    recorded = {name: ids for name, ids in case.tensors.items() if name.startswith("topk.")}
+    assert len(recorded) == case.facts["pattern"].count("E")
+    chosen = {}
+    for number, layer in enumerate(model.layers):
+        if hasattr(layer.mixer, "router"):
+            name = f"topk.backbone.layers.{number}.mixer.gate"
+            layer.mixer.router.register_forward_hook(
+                lambda _module, _inputs, out, name=name: chosen.update({name: out[0].sort(-1).values.view(2, 37, -1)})
+            )
+    model(case.tensors["input_ids"])
+    for name, ids in recorded.items():
+        assert torch.equal(chosen[name], ids), f"{name}: other experts"
+
+
+def test_bf16_computes_in_bf16_with_fp32_parameters(case):
+    """Dense rows stay within 5% of the largest logit; a rounded router score may send a token to another expert."""
+    model = load_hf(case.folder, dtype=torch.bfloat16)
+    logits, want = model(case.tensors["input_ids"]), case.tensors["logits"]
+    assert logits.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    error = (logits - want).abs().amax(-1).flatten()
+    close = (error < 0.05 * want.abs().max()).float().mean()
+    assert close == 1 if case.facts["case"] == "dense" else close > 0.8, f"only {close:.0%} of the tokens are close"
+
+
+def test_a_loaded_model_can_be_trained_and_checkpointed(case, model):
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad, name
+        assert layout_of(parameter).shape == tuple(parameter.shape), name
