@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from nemohybrid.errors import NemohybridError, did_you_mean
+from nemohybrid_kernels.errors import BackendError
 
 COMMANDS = {
     "train": "train or resume a model:  nemohybrid train experiment=quickstart optim.lr=1e-3",
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(f"nemohybrid.cli.{command}").main(rest)
-    except NemohybridError as error:
+    except (NemohybridError, BackendError) as error:
         print(f"nemohybrid {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -23,10 +23,6 @@ class CheckpointError(NemohybridError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
-class BackendError(NemohybridError):
-    """A kernel or library that was asked for and cannot run here."""
-
-
 class TrainingError(NemohybridError):
     """A run that must not go on, such as one whose gradient is no longer finite."""
 

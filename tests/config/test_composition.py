@@ -4,12 +4,19 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from nemohybrid.config.compose import configs_dir, groups, load_config, load_model_config
+from nemohybrid.config.check import build
+from nemohybrid.config.compose import compose_raw, configs_dir, groups, load_config, load_model_config
+from nemohybrid.config.derive import derive_sizes
+from nemohybrid.config.rules import violated_rules
+from nemohybrid.config.run_config import RunConfig
+from nemohybrid.symbols import parse_pattern
 
 SHIPPED = groups()
 
@@ -47,24 +54,44 @@ def test_a_model_swapped_under_an_experiment_takes_its_vocabulary(model):
 def test_the_quickstart_can_be_cut_in_two_later():
     config = load_config(["experiment=quickstart"])
     m = config.model
-    layers = len(m.pattern)
+    layers = parse_pattern(m.pattern).num_layers
     counts = [m.num_attention_heads, m.num_query_groups, m.mamba_num_heads, m.mamba_num_groups, config.train.global_batch]
     assert [n % 2 for n in (*counts, layers)] == [0] * 6, counts
 
 
-@settings(max_examples=150, deadline=None)
-@given(hidden=st.integers(16, 1024), model=st.sampled_from(["tiny", "tiny_moe"]))
-def test_overriding_the_hidden_size_alone_is_always_legal(hidden, model):
-    m = load_model_config([f"model={model}", f"model.hidden_size={hidden}"]).model
+@settings(max_examples=200, deadline=None)
+@given(hidden=st.integers(16, 1024), name=st.sampled_from(["tiny", "tiny_moe"]))
+def test_overriding_the_hidden_size_alone_is_always_legal(hidden, name):
+    config = composed_values(name)
+    m = config.model
+    m.hidden_size = hidden
+    derive_sizes(m)
+    assert [str(v) for v in violated_rules(config, model_only=True)] == []
     sizes = (m.head_dim, m.num_attention_heads, m.num_query_groups, m.mamba_head_dim, m.mamba_num_heads, m.ffn_hidden_size)
     assert all(isinstance(size, int) and size > 0 for size in sizes), sizes
-    assert m.hidden_size == hidden
 
 
-@settings(max_examples=60, deadline=None)
-@given(heads=st.integers(1, 64), groups=st.integers(1, 16))
-def test_one_given_size_makes_the_derived_ones_fit(heads, groups):
-    load_model_config(["model=tiny", f"model.num_attention_heads={heads}", f"model.mamba_num_groups={groups}"])
+@settings(max_examples=100, deadline=None)
+@given(heads=st.integers(1, 64), groups=st.integers(1, 16), hidden=st.integers(16, 1024))
+def test_derived_sizes_fit_those_that_are_given(heads, groups, hidden):
+    config = composed_values("tiny")
+    m = config.model
+    m.num_attention_heads, m.mamba_num_groups, m.hidden_size = heads, groups, hidden
+    derive_sizes(m)
+    assert [str(v) for v in violated_rules(config, model_only=True)] == []
+
+
+def composed_values(name: str) -> RunConfig:
+    """What Hydra composes for `model=NAME`, before any size is derived."""
+    return build(RunConfig, RAW[name], [])
+
+
+RAW: dict[str, Any] = {name: OmegaConf.to_container(compose_raw([f"model={name}"])) for name in ("tiny", "tiny_moe")}
+
+
+@pytest.mark.parametrize("hidden", [16, 48, 200, 520])
+def test_a_size_overridden_in_the_shell_composes(hidden):
+    assert load_config(["model=tiny", "data=shakespeare", f"model.hidden_size={hidden}"]).model.hidden_size == hidden
 
 
 @pytest.fixture

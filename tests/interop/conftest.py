@@ -24,6 +24,11 @@ def case(request) -> SimpleNamespace:
     )
 
 
+@pytest.fixture(scope="session")
+def untouched_folder() -> Callable[[str], Path]:
+    return FIXTURES.joinpath
+
+
 @pytest.fixture
 def changed_folder(tmp_path) -> Callable[..., Path]:
     """`changed_folder(case, config={...}, tensors=change)`: a copy with other settings and weights."""

@@ -61,7 +61,8 @@ def test_greedy_tokens_are_the_same_through_the_cache(case, model):
 
 
 def test_prompts_of_different_lengths_go_on_as_padded_rows_do(case, model):
-    prompts = [row[keep.bool()].tolist() for row, keep in zip(*(case.tensors[f"padded_{t}"] for t in ("ids", "mask")))]
+    rows = zip(case.tensors["padded_ids"], case.tensors["padded_mask"].bool(), strict=True)
+    prompts = [ids[keep].tolist() for ids, keep in rows]
     assert [len(p) for p in prompts] == [28, 37]
     logits = Decoder(model).prefill(prompts)
     torch.testing.assert_close(logits, case.tensors["logits_padded"][:, -1], rtol=0, atol=1e-4)

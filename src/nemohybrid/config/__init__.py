@@ -1,0 +1,1 @@
+"""Configuration: schemas, composition, checks and rules. Imports neither torch nor megatron."""

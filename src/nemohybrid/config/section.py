@@ -29,7 +29,9 @@ class Section:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.__dict__.get("_frozen"):
-            raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{name} cannot be changed: the configuration is frozen")
+            raise dataclasses.FrozenInstanceError(
+                f"{type(self).__name__}.{name} cannot be changed: the configuration is frozen"
+            )
         object.__setattr__(self, name, value)
 
     def freeze(self) -> None:

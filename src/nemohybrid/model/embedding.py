@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.model.init import normal, padded
-from nemohybrid.model.linear import COLUMN, Gemm, plain_gemm
+from nemohybrid.model.linear import COLUMN
 from nemohybrid.parallel.layout import Piece, parameter
+from nemohybrid.precision.gemm import Gemm, plain_gemm
 
 
 def padded_vocabulary(config: ModelConfig) -> int:

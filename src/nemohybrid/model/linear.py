@@ -4,13 +4,12 @@ How it is sharded and how it multiplies are two values on it, so that parallelis
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemohybrid.model.init import constant, normal
 from nemohybrid.parallel.layout import Piece, Shard, parameter
+from nemohybrid.precision.gemm import Gemm, plain_gemm
 
 COLUMN = Shard(axis=0, over="tensor")
 """Output features are cut: the input is whole, the output a part."""
@@ -18,17 +17,6 @@ ROW = Shard(axis=1, over="tensor")
 """Input features are cut: each rank has a summand of the output."""
 REPLICATED = None
 """Every rank multiplies by the whole matrix."""
-
-
-class Gemm(Protocol):
-    """How a `Linear` multiplies: x [..., in], weight [out, in], bias [out] or None -> [..., out] in x's dtype."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-
-
-def plain_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply in x's dtype; the fp32 master weight is cast on the way."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Module):

@@ -1,0 +1,1 @@
+"""What a run costs and does, for people: accounting, metrics, pictures."""

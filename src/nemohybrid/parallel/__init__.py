@@ -1,0 +1,1 @@
+"""Ranks: who this process is, what parameters are made of, and the collectives. Knows no model."""

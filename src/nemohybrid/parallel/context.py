@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nemohybrid.errors import BackendError
+from nemohybrid.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def world_from_environment() -> tuple[int, int, int]:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """`auto` takes this rank's GPU where there is one. Raises BackendError for `cuda` where this rank has none."""
+    """`auto` takes this rank's GPU where there is one. Raises ConfigError for `cuda` where this rank has none."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise BackendError(f"no GPU {local_rank} here ({torch.cuda.device_count()} seen by torch). Legal: cpu, auto")
+        raise ConfigError(f"no GPU {local_rank} here ({torch.cuda.device_count()} seen by torch). Legal: cpu, auto")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

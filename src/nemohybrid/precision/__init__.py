@@ -1,0 +1,1 @@
+"""Precision: how the GEMM of each `Linear` multiplies. Knows no model."""
