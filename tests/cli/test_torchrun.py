@@ -41,18 +41,22 @@ def installed(tmp_path_factory) -> Path:
     """A folder with nothing but what the wheel brings."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", str(folder / "dist"), str(ROOT)]
+    build = [
+        *pip,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-cache-dir",
+        "-w",
+        str(folder / "dist"),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, timeout=120)
     (wheel,) = (folder / "dist").glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True, timeout=120)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True, timeout=120
+    )
     return folder / "site"
-
-
-TRAIN_AND_TELL = """
-import sys
-import nemohybrid, nemohybrid_kernels
-from nemohybrid.__main__ main
-"""
 
 
 def test_a_new_size_trains_from_the_wheel_in_an_empty_folder(fresh, installed, empty_folder):

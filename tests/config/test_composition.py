@@ -55,7 +55,13 @@ def test_the_quickstart_can_be_cut_in_two_later():
     config = load_config(["experiment=quickstart"])
     m = config.model
     layers = parse_pattern(m.pattern).num_layers
-    counts = [m.num_attention_heads, m.num_query_groups, m.mamba_num_heads, m.mamba_num_groups, config.train.global_batch]
+    counts = [
+        m.num_attention_heads,
+        m.num_query_groups,
+        m.mamba_num_heads,
+        m.mamba_num_groups,
+        config.train.global_batch,
+    ]
     assert [n % 2 for n in (*counts, layers)] == [0] * 6, counts
 
 
@@ -67,7 +73,14 @@ def test_overriding_the_hidden_size_alone_is_always_legal(hidden, name):
     m.hidden_size = hidden
     derive_sizes(m)
     assert [str(v) for v in violated_rules(config, model_only=True)] == []
-    sizes = (m.head_dim, m.num_attention_heads, m.num_query_groups, m.mamba_head_dim, m.mamba_num_heads, m.ffn_hidden_size)
+    sizes = (
+        m.head_dim,
+        m.num_attention_heads,
+        m.num_query_groups,
+        m.mamba_head_dim,
+        m.mamba_num_heads,
+        m.ffn_hidden_size,
+    )
     assert all(isinstance(size, int) and size > 0 for size in sizes), sizes
 
 

@@ -66,9 +66,9 @@ def test_a_fault_of_composition_does_not_hide_the_others(complaint):
 
 @pytest.mark.parametrize("override", ["run.dir=2026", "run.name=12", "parallel.data=1", "logging.wandb_project=1.5"])
 def test_a_number_given_for_a_text_becomes_text(compose, override):
-    key, value = override.split("=")
-    config = dict((path, v) for path, _, v in leaves(compose(override)))
-    assert config[key] == value
+    key, given = override.split("=")
+    config = {path: value for path, _, value in leaves(compose(override))}
+    assert config[key] == given
 
 
 def test_interpolation_reaches_other_keys(compose):
@@ -127,9 +127,13 @@ def test_the_digest_is_the_same_in_another_process(compose):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20).filter(lambda t: "${" not in t),
+    name=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20).filter(
+        lambda t: "${" not in t
+    ),
     lr=st.floats(0, 1e6),
-    prompts=st.lists(st.sampled_from(["1e3", "null", "on", "~", "0x1", "2026-01-01", " a ", "a: b", "#", "'", '"', "\n"])),
+    prompts=st.lists(
+        st.sampled_from(["1e3", "null", "on", "~", "0x1", "2026-01-01", " a ", "a: b", "#", "'", '"', "\n"])
+    ),
 )
 def test_a_written_configuration_is_read_back_exactly(tmp_path_factory, name, lr, prompts):
     config = RunConfig()

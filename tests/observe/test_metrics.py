@@ -71,7 +71,11 @@ RECORDS = [{"step": s, "loss": 5 - s / 10, "bits_per_byte": 7 - s / 10} for s in
         RECORDS,
         [*RECORDS, {"step": 29, "val_loss": 3.0, "val_bits_per_byte": 4.0}],
         [{"step": 1, "loss": 2.0}],
-        [*RECORDS, {"step": 30, "loss": "nan", "bits_per_byte": "nan"}, {"step": 30, "val_loss": "nan", "val_bits_per_byte": "nan"}],
+        [
+            *RECORDS,
+            {"step": 30, "loss": "nan", "bits_per_byte": "nan"},
+            {"step": 30, "val_loss": "nan", "val_bits_per_byte": "nan"},
+        ],
     ],
     ids=["training", "with evaluation", "one step", "not a number"],
 )

@@ -6,18 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from nemohybrid.cli.train import train
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel import gradients
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.run import run
+from nemohybrid.train.step import compute_gradients
 from nemohybrid.train.trainer import Trainer
 
 MOE = ['model.pattern="M*E"', "model.num_experts=4", "train.evaluate_every=2", "checkpoint.every=2"]
 
 
 def losses(folder) -> list[float]:
-    return [r.get("loss", r.get("val_loss")) for r in read_metrics(folder / "metrics.jsonl")]
+    return [r["val_loss" if "val_loss" in r else "loss"] for r in read_metrics(folder / "metrics.jsonl")]
 
 
 def tensors(folder, step: int) -> dict[str, torch.Tensor]:
@@ -51,7 +54,6 @@ def test_two_ranks_train_as_one_and_one_resumes_what_two_saved(configure, start,
 def test_every_gradient_of_two_ranks_equals_that_of_one(configure, run_ranks, tmp_path):
     """Microbatches of one row, the masks uneven, one expert without any token on a rank."""
     config = configure(*MOE, "train.microbatch=1")
-    from nemohybrid.train.step import compute_gradients
 
     def grads(context: ParallelContext) -> dict[str, torch.Tensor]:
         trainer = Trainer(config, context, [])
@@ -62,8 +64,6 @@ def test_every_gradient_of_two_ranks_equals_that_of_one(configure, run_ranks, tm
         return {"loss": loss.view(1)} | {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
     def save(context: ParallelContext) -> None:
-        from safetensors.torch import save_file
-
         save_file({n: g.contiguous() for n, g in grads(context).items()}, tmp_path / f"rank{context.rank}.safetensors")
 
     reference = grads(ParallelContext.single())
@@ -101,7 +101,7 @@ def test_ranks_with_different_configurations_all_fail_with_a_config_error(config
 
 
 def test_a_rank_that_fails_alone_does_not_leave_the_other_waiting(configure, run_ranks, monkeypatch):
-    """Rank 0 cannot write; its peer hears of it within seconds, not after the timeout of a collective."""
+    """The command on both ranks: one cannot go on, its peer hears of it at once and not after a collective's timeout."""
     real = Trainer.train_step
 
     def breaks(trainer: Trainer):
@@ -111,6 +111,11 @@ def test_a_rank_that_fails_alone_does_not_leave_the_other_waiting(configure, run
 
     monkeypatch.setattr(Trainer, "train_step", breaks)
     config = configure(world_size=2)
-    failures = run_ranks(lambda context: run(config, context))
+
+    def command(context: ParallelContext) -> None:
+        monkeypatch.setattr("nemohybrid.parallel.context.start", lambda *_: context)
+        train(config)
+
+    failures = run_ranks(command)
     assert "disk full" in failures[0]
     assert failures[1], "rank 1 went on without rank 0"

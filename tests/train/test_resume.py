@@ -30,8 +30,13 @@ def saved(folder: Path, step: int) -> dict[str, bytes]:
     found = {}
     for shard in sorted((folder / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
-            found |= {name: file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
-    assert {name.partition(".")[0] for name in found} == {"model", "optimizer", "random"}, "a part of the run is missing"
+            found |= {
+                name: file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
+                for name in file.keys()  # noqa: SIM118
+            }
+    assert {name.partition(".")[0] for name in found} == {"model", "optimizer", "random"}, (
+        "a part of the run is missing"
+    )
     return found
 
 
@@ -146,7 +151,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(reference, configure, tmp
     trainer = Trainer(configure(*TWENTY), ParallelContext.single(), [])
     other = {**trainer.data.tokenizer.description, "type": "other"}
     monkeypatch.setattr(type(trainer.data.tokenizer), "description", property(lambda self: other))
-    with pytest.raises(CheckpointError, match="tokenizer.type: byte -> other"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.type: byte -> other"):
         trainer.resume()
 
 

@@ -76,7 +76,10 @@ def test_stopping_early_leaves_every_rate_as_it_was():
 
 
 @given(
-    r=st.floats(0, 1), style=st.sampled_from(sorted(SHAPES)), low=st.floats(0, 1), name=st.sampled_from(["wsd", "cosine"])
+    r=st.floats(0, 1),
+    style=st.sampled_from(sorted(SHAPES)),
+    low=st.floats(0, 1),
+    name=st.sampled_from(["wsd", "cosine"]),
 )
 def test_after_the_warmup_the_factor_stays_between_minimum_and_one(r, style, low, name):
     section = ScheduleSection(name=name, decay=50, decay_style=style, min_lr_ratio=low)
@@ -87,9 +90,7 @@ def test_after_the_warmup_the_factor_stays_between_minimum_and_one(r, style, low
 
 plans = st.builds(
     lambda start, increment, levels, samples: BatchPlan(
-        TrainSection(
-            global_batch=start + increment * levels, batch_ramp=BatchRampConfig(start, increment, samples)
-        )
+        TrainSection(global_batch=start + increment * levels, batch_ramp=BatchRampConfig(start, increment, samples))
     ),
     st.integers(1, 8),
     st.integers(1, 8),

@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -32,7 +33,7 @@ def wandb_runs(monkeypatch, tmp_path) -> list[FakeRun]:
     """Every run that a stand-in for the module `wandb` was asked to start; no key anywhere."""
     runs: list[FakeRun] = []
     module = types.ModuleType("wandb")
-    module.__spec__ = types.SimpleNamespace(name="wandb")  # what find_spec looks for
+    module.__spec__ = ModuleSpec("wandb", None)  # what find_spec looks for
     module.init = lambda **settings: runs.append(FakeRun(settings)) or runs[-1]  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "wandb", module)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):

@@ -448,29 +448,34 @@ def overlap_in_window(now: Situation) -> Violation | None:
 
 
 @rule(RUN_RULES)
-def libraries_are_there(now: Situation) -> Violation | None:
-    """Optional libraries that were asked for."""
-    config = now.config
-    wanted = [
-        (
-            config.optim.name == "apex_adamw",
-            "optim.name=apex_adamw",
-            "apex",
-            "comes with NGC containers; it is not on PyPI",
-        ),
-        (config.optim.name == "te_adamw", "optim.name=te_adamw", "transformer_engine", "pip install 'nemohybrid[te]'"),
-        (config.logging.wandb, "logging.wandb=true", "wandb", "pip install 'nemohybrid[wandb]'"),
-        (
-            config.logging.tensorboard,
-            "logging.tensorboard=true",
-            "tensorboard",
-            "pip install 'nemohybrid[tensorboard]'",
-        ),
-    ]
-    for asked, where, package, cure in wanted:
-        if asked and importlib.util.find_spec(package) is None:
-            return Violation(where, f"the package {package} is not installed: {cure}")
-    return None
+def optimizer_is_installed(now: Situation) -> Violation | None:
+    """The fused optimizers live in libraries of their own."""
+    name = now.config.optim.name
+    homes = {"apex_adamw": ("apex", IN_NGC), "te_adamw": ("transformer_engine", "pip install 'nemohybrid[te]'")}
+    return _not_installed(f"optim.name={name}", *homes[name]) if name in homes else None
+
+
+@rule(RUN_RULES)
+def wandb_is_installed(now: Situation) -> Violation | None:
+    """Weights & Biases is an extra."""
+    asked = now.config.logging.wandb
+    return _not_installed("logging.wandb=true", "wandb", "pip install 'nemohybrid[wandb]'") if asked else None
+
+
+@rule(RUN_RULES)
+def tensorboard_is_installed(now: Situation) -> Violation | None:
+    """TensorBoard is an extra."""
+    asked, cure = now.config.logging.tensorboard, "pip install 'nemohybrid[tensorboard]'"
+    return _not_installed("logging.tensorboard=true", "tensorboard", cure) if asked else None
+
+
+IN_NGC = "it comes with NGC containers and is not on PyPI (the package of that name there is another)"
+
+
+def _not_installed(where: str, package: str, cure: str) -> Violation | None:
+    if importlib.util.find_spec(package) is not None:
+        return None
+    return Violation(where, f"the package {package} is not installed: {cure}")
 
 
 @rule(RUN_RULES)

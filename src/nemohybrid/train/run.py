@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml
 from nemohybrid.errors import ConfigError
@@ -17,6 +19,7 @@ def run(config: RunConfig, context: ParallelContext) -> Trainer:
     """Train to the end of `config`, or to `train.stop_at`. Only rank 0 writes and prints."""
     check_agreement(config, context)
     use_threads(config.train.threads)
+    torch.manual_seed(config.run.seed + context.rank)
     folder = Path(config.run.dir)
     say = print if context.is_main else _silent
     if context.is_main:
