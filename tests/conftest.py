@@ -55,12 +55,13 @@ def _token_rows(batch: int, length: int, seed: int = 0) -> Tensor:
 def _gradients(model: HybridModel, *outputs: Tensor) -> dict[str, Tensor]:
     """Gradient of every parameter, under the same random output gradients on every call."""
     generator = torch.Generator().manual_seed(7)
-    loss = sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outputs)
+    losses = [(out * torch.randn(out.shape, generator=generator)).sum() for out in outputs]
     model.zero_grad(set_to_none=True)
-    loss.backward()
-    missing = [name for name, p in model.named_parameters() if p.grad is None]
-    assert not missing, f"no gradient reaches {missing}"
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    torch.stack(losses).sum().backward()
+    result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    missing = dict(model.named_parameters()).keys() - result.keys()
+    assert not missing, f"no gradient reaches {sorted(missing)}"
+    return result
 
 
 def _assert_close_to_scale(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:

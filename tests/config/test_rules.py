@@ -33,6 +33,11 @@ CASES = {
         ["model.attention.position_embedding=rope", "model.head_dim=34"],
     ),
     "top_k_of_experts": ([E, "model.moe_top_k=9"], ["model.moe_top_k=1 to 8"], [E, "model.moe_top_k=8"]),
+    "one_expert_needs_its_score": (
+        ["model=tiny_moe", "model.moe_top_k=1"],
+        ["model.router.normalize=false"],
+        ["model=tiny_moe", "model.moe_top_k=1", "model.router.normalize=false"],
+    ),
     "router_groups": ([E, "model.router.groups=8"], ["model.router.groups=1, 2, 4"], [E, "model.router.groups=4"]),
     "data_is_a_number": (["parallel.data=many"], ["auto or a number"], ["parallel.data=1"]),
     "ranks_make_the_world": (["parallel.data=2"], ["start 2 processes"], ["parallel.data=1"]),

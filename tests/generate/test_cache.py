@@ -23,7 +23,7 @@ PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 22]]  # 1 is
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(params=KINDS.values(), ids=list(KINDS))
 def model(request, tiny_model):
     pattern, changes = request.param
     return tiny_model(pattern, **changes).requires_grad_(False)

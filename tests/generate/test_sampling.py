@@ -11,8 +11,8 @@ from nemohybrid.generate.sampling import Sampling
 LOGITS = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.05, 0.05, 0.1, 0.8]]).log()
 
 
-def probabilities(logits=LOGITS, **options):
-    return Sampling(**({"temperature": 1.0} | options)).probabilities(logits)
+def probabilities(logits=LOGITS, temperature=1.0, **options):
+    return Sampling(temperature, **options).probabilities(logits)
 
 
 def expect(got, *rows):

@@ -87,7 +87,7 @@ SPOILT_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "message"), SPOILT_WEIGHTS.values(), ids=SPOILT_WEIGHTS.keys())
+@pytest.mark.parametrize(("spoil", "message"), SPOILT_WEIGHTS.values(), ids=list(SPOILT_WEIGHTS))
 def test_tensors_that_do_not_fit_are_named(spoil, message, changed_folder):
     with pytest.raises(CheckpointError, match=message):
         load_hf(changed_folder("dense", tensors=spoil))

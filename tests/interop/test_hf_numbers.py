@@ -33,7 +33,8 @@ def test_every_parameter_gradient_agrees(case):
     """Largest difference of each, relative to its largest entry: 1e-4. Found: 1e-5 dense, 2e-5 moe (an A_log)."""
     model = load_hf(case.folder)
     mean_loss(model, case.tensors["input_ids"]).backward()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"no gradient reaches {name}"
         parameter.data = parameter.grad  # so that the views of the values are views of the gradients
     ours = {name: parts for name, parts in disk_views(model).items() if not name.endswith("e_score_correction_bias")}
     assert ours.keys() == case.gradients.keys()

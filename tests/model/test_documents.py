@@ -19,7 +19,7 @@ KINDS = {
 SPLIT = [[5, 1, 13, 2], [11, 10]]  # documents shorter than the convolution, and longer than a chunk of 8
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(params=KINDS.values(), ids=list(KINDS))
 def model(request, tiny_model):
     pattern, changes = request.param
     return tiny_model(pattern, **changes)

@@ -13,6 +13,7 @@ CPU = torch.device("cpu")
 def test_packed_numbers_the_documents_of_each_row():
     seq = SequenceContext.packed([[2, 1, 3], [6]])
     assert (seq.batch, seq.length, seq.tokens) == (2, 6, 12)
+    assert seq.document_ids is not None
     assert seq.document_ids.tolist() == [[0, 0, 1, 2, 2, 2], [0] * 6]
 
 
@@ -49,6 +50,7 @@ def test_an_id_that_comes_back_is_another_segment():
 
 def test_the_mask_lets_a_token_see_the_past_of_its_document_only():
     mask = SequenceContext(1, 5, torch.tensor([[4, 4, 1, 4, 4]])).attention_mask(CPU)
+    assert mask is not None
     assert mask.shape == (1, 1, 5, 5)
     assert mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
@@ -81,9 +83,10 @@ def advanced(length: int, ids: list[int] | None) -> DecodeCache:
     ],
 )
 def test_the_cache_remembers_documents(past, now, everything, positions):
-    seq = SequenceContext(1, 2, None if now is None else torch.tensor([now]), advanced(3, past))
+    cache = advanced(3, past)
+    seq = SequenceContext(1, 2, None if now is None else torch.tensor([now]), cache)
     ids = seq.all_document_ids()
     assert (None if ids is None else ids[0].tolist()) == everything
     assert seq.positions(CPU).tolist() == [positions]
     seq.advance()
-    assert seq.cache.length == 5
+    assert cache.length == 5

@@ -26,7 +26,7 @@ def test_gradients_point_where_the_loss_grows(pattern, tiny_model, token_rows, g
     model, ids = tiny_model(pattern), token_rows(2, 15)
     projection = torch.randn(2, 15, 61, generator=torch.Generator().manual_seed(7))
     grads = gradients(model, model(ids))
-    squared_norm = sum(g.double().square().sum() for g in grads.values())
+    squared_norm = torch.stack([g.double().square().sum() for g in grads.values()]).sum()
     step = 1e-3 / squared_norm.sqrt()
 
     def loss_after(move: float) -> torch.Tensor:

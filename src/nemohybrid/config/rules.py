@@ -152,6 +152,16 @@ def top_k_of_experts(now: Situation) -> Violation | None:
 
 
 @rule(MODEL_RULES, "E")
+def one_expert_needs_its_score(now: Situation) -> Violation | None:
+    """The weight of a single expert, normalised, is always 1: the router would get no gradient."""
+    model = now.config.model
+    if model.moe_top_k > 1 or not model.router.normalize:
+        return None
+    legal = {"model.router.normalize": "false", "model.moe_top_k": "2 or more"}
+    return Violation("model.moe_top_k=1", "with normalised weights the router would not learn", legal)
+
+
+@rule(MODEL_RULES, "E")
 def router_groups(now: Situation) -> Violation | None:
     """Expert groups are equal, at least two experts each (a group's score is the sum of its best two)."""
     model, router = now.config.model, now.config.model.router
