@@ -77,6 +77,7 @@ CASES = {
         ["schedule.warmup=up to 500"],
         ["schedule.warmup=500", "schedule.decay=500"],
     ),
+    "clipping_leaves_something": (["optim.clip_grad_norm=0"], ["null"], ["optim.clip_grad_norm=null"]),
     "betas_below_one": (["optim.beta2=1"], ["optim.beta2"], ["optim.beta2=0.999"]),
     "top_p_keeps_something": (["sample.top_p=0"], ["sample.top_p"], ["sample.top_p=1"]),
     "training_data_exists": (["data=corpus"], ["nemohybrid data prepare", "data=shakespeare"], []),

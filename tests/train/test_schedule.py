@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemohybrid.config.batch_plan import BatchPlan
+from nemohybrid.config.compose import load_config
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.training import BatchRampConfig, ScheduleSection, TrainSection
-from nemohybrid.train.schedule import BatchPlan, learning_rate, schedule_factor
+from nemohybrid.errors import ConfigError
+from nemohybrid.train.schedule import learning_rate, schedule_factor
 
 PEAK = 2e-3
 
@@ -17,7 +20,7 @@ def rates(schedule: ScheduleSection, steps: int = 100, **train) -> list[float]:
     """The learning rate of steps 1..`steps`."""
     config = RunConfig(schedule=schedule, train=TrainSection(steps=steps, **train))
     config.optim.lr = PEAK
-    plan = BatchPlan(config.train)
+    plan = BatchPlan(config.train, config.data.sequence_length)
     return [learning_rate(config, plan, step) for step in range(1, steps + 1)]
 
 
@@ -90,7 +93,8 @@ def test_after_the_warmup_the_factor_stays_between_minimum_and_one(r, style, low
 
 plans = st.builds(
     lambda start, increment, levels, samples: BatchPlan(
-        TrainSection(global_batch=start + increment * levels, batch_ramp=BatchRampConfig(start, increment, samples))
+        TrainSection(global_batch=start + increment * levels, batch_ramp=BatchRampConfig(start, increment, samples)),
+        sequence_length=32,
     ),
     st.integers(1, 8),
     st.integers(1, 8),
@@ -120,6 +124,20 @@ def test_the_ramp_follows_the_samples_consumed_as_megatron_does(plan):
 
 
 def test_without_a_ramp_every_batch_is_full():
-    plan = BatchPlan(TrainSection(global_batch=6))
+    plan = BatchPlan(TrainSection(global_batch=6), 32)
     assert [plan.batch_at(step) for step in (1, 2, 1000)] == [6, 6, 6]
     assert plan.samples_before(1001) == 6000
+
+
+def test_a_ramp_counts_when_warmup_and_decay_are_held_against_the_run(load_ramped):
+    with pytest.raises(ConfigError, match="is longer than the 20 samples of the run"):
+        load_ramped("schedule.warmup=21")
+    load_ramped("schedule.warmup=20")
+
+
+@pytest.fixture
+def load_ramped():
+    """Five steps of 4: a ramp that never leaves its first level."""
+    ramp = ["train.batch_ramp.start=4", "train.batch_ramp.increment=4", "train.batch_ramp.samples=1000"]
+    fixed = ["data=shakespeare", "train.global_batch=8", "train.steps=5", "schedule.unit=samples", *ramp]
+    return lambda *more: load_config([*fixed, *more])

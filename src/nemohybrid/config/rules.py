@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
+from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.violation import Violation
 from nemohybrid.errors import ConfigError
@@ -365,12 +366,8 @@ def stop_within_steps(now: Situation) -> Violation | None:
 def schedule_fits(now: Situation) -> Violation | None:
     """Warmup and decay must fit into the run."""
     schedule, train = now.config.schedule, now.config.train
-    per_step = {
-        "steps": 1,
-        "samples": train.global_batch,
-        "tokens": train.global_batch * now.config.data.sequence_length,
-    }
-    total = schedule.total or train.steps * per_step[schedule.unit]
+    plan = BatchPlan(train, now.config.data.sequence_length)
+    total = schedule.total or plan.progress(train.steps, schedule.unit)
     decay = schedule.decay if schedule.name == "wsd" else 0
     if schedule.warmup + decay <= total:
         return None
@@ -379,6 +376,16 @@ def schedule_fits(now: Situation) -> Violation | None:
         where,
         f"is longer than the {total} {schedule.unit} of the run",
         {"schedule.warmup": f"up to {max(0, total - decay)}"},
+    )
+
+
+@rule(RUN_RULES)
+def clipping_leaves_something(now: Situation) -> Violation | None:
+    """In other frameworks 0 means never; here it would scale every gradient to nothing."""
+    if now.config.optim.clip_grad_norm != 0:
+        return None
+    return Violation(
+        "optim.clip_grad_norm=0", "no gradient would be left", {"optim.clip_grad_norm": "null (never clip)"}
     )
 
 

@@ -1,5 +1,6 @@
 """A model and its tokenizer from a checkpoint or a run folder."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def find_checkpoint(path: Path) -> Path:
         return path
     for folder in (path / "checkpoints", path):
         if folder.is_dir() and (newest := newest_complete(folder)):
+            for damaged, reason in newest.skipped:
+                print(f"damaged checkpoint {damaged}: {reason}", file=sys.stderr)
             return newest.path
     raise CheckpointError(
         f"{path} is neither a checkpoint nor a run folder with one. Expected {path}/checkpoints/step_*"

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.data.bundled import prepare_bundled
 from nemohybrid.data.corpus import Corpus
@@ -17,7 +18,6 @@ from nemohybrid.errors import DataError
 from nemohybrid.parallel.collectives import wait_for_all
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.batch import Batch
-from nemohybrid.train.schedule import BatchPlan
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class RunData:
 
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context
-        self.plan = BatchPlan(config.train)
+        self.plan = BatchPlan(config.train, config.data.sequence_length)
         cache = Path(config.data.cache or Path(config.run.dir) / "data")
         sources = on_main_first(context, lambda: find_sources(config, cache))
         self.tokenizer = sources.tokenizer

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.parallel.context import ParallelContext
@@ -16,7 +17,7 @@ from nemohybrid.train.checkpointing import Checkpointer
 from nemohybrid.train.data import RunData
 from nemohybrid.train.evaluation import Evaluation, evaluate
 from nemohybrid.train.optimizer import build_optimizer, set_learning_rate
-from nemohybrid.train.schedule import BatchPlan, learning_rate
+from nemohybrid.train.schedule import learning_rate
 from nemohybrid.train.step import StepResult, compute_gradients, update
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, context: ParallelContext, callbacks: Sequence[Callback]) -> None:
         self.config, self.context, self.callbacks = config, context, callbacks
-        self.plan = BatchPlan(config.train)
+        self.plan = BatchPlan(config.train, config.data.sequence_length)
         self.data = RunData(config, context)
         self.model = HybridModel.create(config.model, config.run.seed, context)
         self.model.recompute = config.train.recompute == "layer"
