@@ -73,6 +73,12 @@ def _assert_close_to_scale(got: dict[str, Tensor], want: dict[str, Tensor], tole
         assert error <= tolerance * scale, f"{name}: off by {error:.1e}, its largest entry is {scale:.1e}"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Sums in the same order everywhere, and nothing of OpenMP to go wrong in forked children."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ModelConfig]:
     return _tiny_config

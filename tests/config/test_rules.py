@@ -1,4 +1,4 @@
-"""Every rule of `config/rules.py`: something it refuses, what it says is legal, and something it lets pass."""
+"""Every rule of `config/rules/`: something it refuses, what it says is legal, and something it lets pass."""
 
 import importlib.util
 from collections.abc import Callable

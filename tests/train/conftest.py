@@ -1,17 +1,12 @@
 """Tiny runs inside this process, their corpus, and forked Gloo ranks."""
 
-import contextlib
-import os
-import signal
-import time
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import fork, run_world, wait
 
 from nemohybrid.config.compose import load_config
 from nemohybrid.config.run_config import RunConfig
@@ -22,7 +17,6 @@ from nemohybrid.parallel.context import Group, ParallelContext
 from nemohybrid.train.run import run
 from nemohybrid.train.trainer import Trainer
 
-DEADLINE_S = 60.0
 TINY = [
     "model=tiny",
     "model.hidden_size=32",
@@ -37,15 +31,6 @@ TINY = [
     "logging.picture=false",
     "run.device=cpu",
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in the same order everywhere, and nothing of OpenMP to go wrong in forked children."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -75,37 +60,6 @@ def start(configure) -> Callable[..., Trainer]:
     return lambda *overrides: run(configure(*overrides), ParallelContext.single())
 
 
-def fork(action: Callable[[], object], failure: Path) -> int:
-    """Run `action` in a forked child, whose traceback goes to `failure`: the slow imports are there already."""
-    with warnings.catch_warnings():  # Python 3.12 warns of forks beside torch's idle threads
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        action()
-        code = 0
-    except BaseException:
-        failure.write_text(traceback.format_exc())
-    finally:
-        os._exit(code)
-
-
-def wait(child: int) -> int:
-    """The exit status of a child, minus the signal that ended it. One that hangs is killed and reported."""
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise TimeoutError(f"a child did not end within {DEADLINE_S} s")
-
-
 @pytest.fixture
 def run_child(tmp_path):
     """`run_child(action) -> exit status` of a forked child."""
@@ -120,17 +74,10 @@ def run_ranks(tmp_path_factory):
         folder = tmp_path_factory.mktemp("world")
 
         def member(rank: int) -> None:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-            context = ParallelContext(torch.device("cpu"), rank, size, data=Group(size, rank, dist.group.WORLD))
-            action(context)
-            dist.barrier()  # a rank that leaves early makes its peers fail
-            dist.destroy_process_group()
+            action(ParallelContext(torch.device("cpu"), rank, size, data=Group(size, rank, dist.group.WORLD)))
 
-        failures = [folder / f"failure{rank}" for rank in range(size)]
-        children = [fork(lambda rank=rank: member(rank), failures[rank]) for rank in range(size)]
-        codes = [wait(child) for child in children]
-        texts = [file.read_text() if file.exists() else "" for file in failures]
-        assert [bool(code) for code in codes] == [bool(text) for text in texts], f"ranks ended with {codes}"
-        return texts
+        run_world(size, member, folder)
+        files = [folder / f"failure{rank}" for rank in range(size)]
+        return [file.read_text() if file.exists() else "" for file in files]
 
     return ranks
