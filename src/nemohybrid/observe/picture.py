@@ -22,7 +22,9 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None
     if validated:
         steps, values = zip(*validated, strict=True)
         axes.plot(steps, values, "o-", color="#c2410c", label="held out")
-        axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(4, 6))
+        axes.annotate(
+            f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(0, 8), ha="right"
+        )
     axes.set(xlabel="step", ylabel=unit, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
