@@ -5,7 +5,7 @@ from typing import Any
 
 from nemohybrid import __version__
 from nemohybrid.config.check import find_field
-from nemohybrid.config.compose import groups
+from nemohybrid.config.groups import groups
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.section import leaves
 

@@ -5,8 +5,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 setup_environment base
 
-# Waiting threads must sleep: on cores that are shared, spinning barriers made training several times slower.
-export OMP_WAIT_POLICY=PASSIVE
+# Threads that wait spin only briefly. Measured on two cores: as fast as long spinning where the cores are free (a fifth
+# faster than sleeping at once), and three times faster than long spinning where other programs want them too.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 # The cores this process may use, but no more than a model this small can keep busy.
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))}"

@@ -13,7 +13,7 @@ from nemohybrid.__main__ import COMMANDS
 from nemohybrid.cli import data, generate
 from nemohybrid.cli.train import HYDRA_FLAGS, SWEEP_FLAGS
 from nemohybrid.config.check import find_field
-from nemohybrid.config.compose import parse_overrides, unusable
+from nemohybrid.config.overrides import usable_overrides
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.section import leaves
 from nemohybrid.config.violation import Violation
@@ -90,8 +90,7 @@ def override_complaint(words: list[str]) -> str:
     if unknown := [flag for flag in flags if flag not in HYDRA_FLAGS + SWEEP_FLAGS]:
         return f"unknown flag {unknown[0]}"
     violations: list[Violation] = []
-    for override in parse_overrides(overrides):
-        unusable(override, violations)
+    usable_overrides(overrides, violations)
     return "; ".join(map(str, violations))
 
 

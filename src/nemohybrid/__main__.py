@@ -29,8 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     except (NemohybridError, BackendError) as error:
         print(f"nemohybrid {command}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        print(f"nemohybrid {command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from the newest checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on from the newest checkpoint, where there is one", file=sys.stderr)
         return 130
 
 

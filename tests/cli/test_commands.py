@@ -126,3 +126,18 @@ def test_generate_tells_errors_in_sentences(nemohybrid, arguments, words):
 def test_a_run_leaves_nothing_beside_its_folder(trained, empty_folder):
     assert [path.name for path in empty_folder.iterdir()] == ["run"]
     assert (trained / "config.yaml").is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(nemohybrid, small, empty_folder):
+    (empty_folder / "file").write_text("")
+    code, _, err = nemohybrid("train", *small, "run.dir=file/run")
+    assert code == 1
+    assert "file/run" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("words", [["WORLD_SIZE", "abc"], ["WORLD_SIZE", "0"]])
+def test_a_senseless_world_size_is_one_sentence(nemohybrid, small, words, monkeypatch):
+    monkeypatch.setenv(*words)
+    code, _, err = nemohybrid("train", *small)
+    assert (code, f"WORLD_SIZE={words[1]}" in err) == (1, True), err

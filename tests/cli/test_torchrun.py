@@ -63,7 +63,7 @@ def test_a_new_size_trains_from_the_wheel_in_an_empty_folder(fresh, installed, e
     program = (
         "import sys, nemohybrid, nemohybrid_kernels\n"
         "from nemohybrid.__main__ import main\n"
-        "from nemohybrid.config.compose import configs_dir\n"
+        "from nemohybrid.config.groups import configs_dir\n"
         "print('FROM', nemohybrid.__file__, nemohybrid_kernels.__file__, configs_dir())\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

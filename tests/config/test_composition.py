@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from nemohybrid.config.check import build
-from nemohybrid.config.compose import compose_raw, configs_dir, groups, load_config, load_model_config
+from nemohybrid.config.compose import compose_raw, load_config, load_model_config
 from nemohybrid.config.derive import derive_sizes
+from nemohybrid.config.groups import configs_dir, groups
 from nemohybrid.config.rules import violated_rules
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.symbols import parse_pattern

@@ -8,7 +8,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nemohybrid.config import rules
-from nemohybrid.config.compose import compose_raw, finish, groups
+from nemohybrid.config.compose import compose_raw, finish
+from nemohybrid.config.groups import groups
 from nemohybrid.config.rules import MODEL_RULES, RUN_RULES, violated_rules
 from nemohybrid.config.run_config import RunConfig
 
@@ -87,6 +88,13 @@ CASES = {
         ["no validation data"],
         ["train.evaluate_every=5"],
     ),
+    "tokenizer_is_known": (["data.tokenizer=nope"], ["byte, bpe:SIZE"], ["data.tokenizer=bpe:257"]),
+    "vocabulary_holds_the_tokenizer": (
+        ["data.tokenizer=bpe:512", "model.vocab_size=300"],
+        ["512 or more"],
+        ["data.tokenizer=bpe:512", "model.vocab_size=512"],
+    ),
+    "run_has_a_folder": (["run.dir=' '"], ["a folder"], ["run.dir=x"]),
     "overlap_in_window": (["data.valid_overlap=256"], ["data.valid_overlap=0 to 255"], ["data.valid_overlap=255"]),
     "optimizer_is_installed": (["optim=apex_adamw"], ["apex is not installed"], []),
     "wandb_is_installed": (["logging.wandb=true"], ["pip install 'nemohybrid[wandb]'"], []),
@@ -187,3 +195,20 @@ def test_rules_can_be_asked_about_a_configuration_made_by_hand():
     config = RunConfig()
     config.train.stop_at = 2000
     assert any("stop_at" in str(v) for v in violated_rules(config))
+
+
+@pytest.mark.parametrize(
+    "overrides, hint",
+    [
+        (["schedule.warmup=30", "schedule.decay=330", "train.steps=50"], "schedule.decay=up to 20, or a share"),
+        (["data=corpus", "data.train=x", "data.tokenizer=bpe:512"], "a prepared corpus has its tokenizer"),
+        (["data.tokenizer=bpe:x"], "bpe:257 or more"),
+    ],
+)
+def test_the_hint_can_be_followed(complaint, overrides, hint):
+    assert hint in complaint(*overrides)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 359, 5000])
+def test_the_quickstart_can_be_made_shorter_or_longer(compose, steps):
+    compose("experiment=quickstart", f"train.steps={steps}")

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from nemohybrid.config.check import find_field
-from nemohybrid.config.compose import compose_raw, configs_dir, finish
+from nemohybrid.config.compose import compose_raw, finish
+from nemohybrid.config.groups import configs_dir
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.section import leaves
 from nemohybrid.errors import ConfigError

@@ -126,3 +126,10 @@ def test_padding_the_vocabulary_changes_no_initial_value(fresh):
     plain, padded = (logical_parameters(fresh("-", vocab_multiple=multiple)) for multiple in (1, 64))
     for name, values in plain.items():
         assert torch.equal(padded[name][: len(values)], values), f"{name} depends on the padding"
+
+
+def test_the_plain_constructor_gives_the_weights_of_seed_0(tiny_config):
+    config = tiny_config("M-*E")
+    created = logical_parameters(HybridModel.create(config, seed=0))
+    for name, value in logical_parameters(HybridModel(config)).items():
+        assert torch.equal(value, created[name]), name

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nemohybrid.config.compose import groups, load_model_config
+from nemohybrid.config.compose import load_model_config
+from nemohybrid.config.groups import groups
 from nemohybrid.model import HybridModel
 from nemohybrid.observe.accounting import Cost, costs_by_part, total_cost
 from nemohybrid.plan.hardware import peak_flops

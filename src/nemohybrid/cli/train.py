@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemohybrid.config.compose import configs_dir, finish, load_config, parse_overrides, register_schema, unusable
+from nemohybrid.config.compose import finish, load_config, register_schema
+from nemohybrid.config.groups import configs_dir
+from nemohybrid.config.overrides import usable_overrides
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.violation import Violation, raise_all
 from nemohybrid.errors import ConfigError, NemohybridError
@@ -26,7 +28,7 @@ HYDRA_QUIET = (
 
 def main(argv: list[str]) -> int:
     """Flags of Hydra's own go to Hydra; everything else is composed here, without its output folders and logging."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     if any(word in SWEEP_FLAGS for word in argv):
         if world_size > 1:
             raise ConfigError("-m cannot run under torchrun: a sweep starts one job after another, each with all ranks")
@@ -35,6 +37,13 @@ def main(argv: list[str]) -> int:
         return show(argv)
     train(load_config(argv, world_size))
     return 0
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"the environment variable WORLD_SIZE={text} is no number of processes; torchrun sets it")
+    return int(text)
 
 
 def show(argv: list[str]) -> int:
@@ -71,11 +80,10 @@ def _overrides(argv: list[str]) -> list[str]:
 
 def _check_overrides(argv: list[str]) -> None:
     violations: list[Violation] = []
-    for override in parse_overrides(_overrides(argv)):
+    for override in usable_overrides(_overrides(argv), violations):
         if override.key_or_group == "run.dir" and override.is_sweep_override():
             message = "a sweep gives every job a folder below run.dir; sweep over something else"
             violations.append(Violation(str(override.input_line), message))
-        unusable(override, violations)
     raise_all(violations)
 
 

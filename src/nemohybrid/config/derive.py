@@ -1,6 +1,39 @@
 """Sizes that were not given, from those that were. Overriding `model.hidden_size` alone is therefore always legal."""
 
+import json
+from pathlib import Path
+
+from nemohybrid.config.environment import DataSection
 from nemohybrid.config.model import ModelConfig
+from nemohybrid.config.run_config import RunConfig
+
+BYTE_VOCABULARY = 257  # 256 bytes, and the end of a document
+
+
+def derive_vocabulary(config: RunConfig) -> None:
+    """Fill an empty `model.vocab_size` in place from the tokenizer, where something is known of one."""
+    if config.model.vocab_size is None:
+        config.model.vocab_size = tokenizer_vocabulary(config.data)
+
+
+def tokenizer_vocabulary(data: DataSection) -> int | None:
+    """Token ids of the tokenizer that `data` names, as far as its name or the corpus says; no tokenizer is loaded."""
+    kind, _, size = (data.tokenizer or "").partition(":")
+    if kind == "byte":
+        return BYTE_VOCABULARY
+    if kind == "bpe" and size.isdecimal():
+        return int(size)
+    if data.bundled:
+        return BYTE_VOCABULARY if data.tokenizer is None else None
+    return _vocabulary_of_corpus(data.train) if data.train else None
+
+
+def _vocabulary_of_corpus(prefix: str) -> int | None:
+    """What `data prepare` wrote beside the corpus; None where another program made it."""
+    try:
+        return int(json.loads(Path(f"{prefix}.json").read_text())["tokenizer"]["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def derive_sizes(model: ModelConfig) -> None:
@@ -10,6 +43,8 @@ def derive_sizes(model: ModelConfig) -> None:
     times, several query heads to a key/value head.
     """
     hidden = model.hidden_size
+    if model.vocab_size is None:
+        model.vocab_size = BYTE_VOCABULARY
     if model.head_dim is None:
         model.head_dim = _head_dim(hidden)
     if model.num_attention_heads is None:

@@ -36,7 +36,7 @@ class ModelConfig(Section):
         "M-M*-M-", "one symbol a layer: M Mamba-2, * attention, - MLP, E experts; see docs/pattern.md"
     )
     hidden_size: int = option(256, "width of the residual stream", minimum=1)
-    vocab_size: int = option(257, "token ids of the tokenizer", minimum=1)
+    vocab_size: int | None = option(None, "token ids; empty: as many as the tokenizer has", minimum=1)
     vocab_multiple: int = option(1, "embedding rows are padded to a multiple of this", minimum=1)
     tie_embeddings: bool = option(False, "use the embedding as output projection")
     norm_epsilon: float = option(1e-5, "added to the mean square in every RMSNorm", minimum=0.0)

@@ -67,10 +67,15 @@ class ScheduleSection(Section):
 
     name: str = option("wsd", "wsd: warmup, stable, decay", choices=("wsd", "cosine", "constant"))
     unit: str = option("steps", "what warmup, decay and total count", choices=("steps", "samples", "tokens"))
-    warmup: int = option(0, "linear from zero to the peak", minimum=0)
-    decay: int = option(0, "length of the wsd decay, which ends at `total`", minimum=0)
+    warmup: float = option(0.0, "linear from zero to the peak; below 1: a share of `total`", minimum=0)
+    decay: float = option(0.0, "length of the wsd decay, which ends at `total`; below 1: a share of it", minimum=0)
     decay_style: str = option(
         "linear", "shape of the wsd decay", choices=("linear", "cosine", "exponential", "minus_sqrt")
     )
     total: int | None = option(None, "where the schedule ends; empty: with `train.steps`", minimum=1)
     min_lr_ratio: float = option(0.01, "final learning rate as a share of the peak", minimum=0.0, maximum=1.0)
+
+    def spans(self, total: float) -> tuple[float, float]:
+        """Warmup and decay of a schedule that ends at `total`, in `unit`."""
+        warmup, decay = (value * total if value < 1 else value for value in (self.warmup, self.decay))
+        return warmup, decay if self.name == "wsd" else 0.0

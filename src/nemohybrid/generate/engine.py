@@ -99,5 +99,9 @@ def generate_text(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt; an empty one is the end of a document that is not there."""
+    """The tokens of a prompt; an empty one is the end of a document that is not there. Raises DataError for half characters."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"the prompt is not UTF-8 at character {error.start}: {prompt!r}") from None
     return tokenizer.encode(prompt) or [tokenizer.eod]

@@ -12,7 +12,7 @@ from nemohybrid.precision.gemm import Gemm, plain_gemm
 
 def padded_vocabulary(config: ModelConfig) -> int:
     """`vocab_size` rounded up to `vocab_multiple`."""
-    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
+    return -(-(config.vocab_size or 0) // config.vocab_multiple) * config.vocab_multiple
 
 
 class VocabularyMatrix(nn.Module):
@@ -20,11 +20,11 @@ class VocabularyMatrix(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.vocab_size = config.vocab_size
+        self.vocab_size = config.vocab_size or 0
         self.role = "vocabulary"
         self.gemm: Gemm = plain_gemm
         shape = (padded_vocabulary(config), config.hidden_size)
-        init = padded(normal(config.init_std), config.vocab_size)
+        init = padded(normal(config.init_std), self.vocab_size)
         self.weight = parameter(Piece("", shape, init), shard=COLUMN)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Name in the configuration -> compute dtype."""
 
 _DERIVED = (
+    "vocab_size",
     "num_attention_heads",
     "num_query_groups",
     "head_dim",
@@ -50,8 +51,9 @@ class Layer(nn.Module):
 class HybridModel(nn.Module):
     """A language model assembled from `config.pattern`.
 
-    Parameters are fp32 and computation is in `config.dtype`. Construct it under `torch.device("meta")` and call
-    `materialize`, or use `HybridModel.create`. `recompute` keeps only the input of each layer for the backward pass.
+    Parameters are fp32 and computation is in `config.dtype`. `HybridModel.create` draws the weights from a seed of yours,
+    the plain constructor from seed 0; under `torch.device("meta")` there are none until `materialize`.
+    `recompute` keeps only the input of each layer for the backward pass.
     """
 
     def __init__(self, config: ModelConfig, context: ParallelContext | None = None) -> None:
@@ -69,6 +71,8 @@ class HybridModel(nn.Module):
         self.layers = nn.ModuleList(Layer(symbol, config, context) for symbol in symbols)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.output = self.embedding if config.tie_embeddings else VocabularyMatrix(config)
+        if self.embedding.weight.device.type != "meta":
+            initialize(self, seed=0)
 
     @classmethod
     def create(cls, config: ModelConfig, seed: int = 0, context: ParallelContext | None = None) -> "HybridModel":

@@ -109,7 +109,7 @@ def layer_cost(symbol: str, m: ModelConfig, sequence_length: int) -> Cost:
 def costs_by_part(m: ModelConfig, sequence_length: int) -> dict[str, Cost]:
     """Part of the model (layer symbol, `embedding`, `output`, `mtp`) -> its cost, all layers of a kind together."""
     pattern, h = parse_pattern(m.pattern), m.hidden_size
-    vocabulary = -(-m.vocab_size // m.vocab_multiple) * m.vocab_multiple * h
+    vocabulary = -(-(m.vocab_size or 0) // m.vocab_multiple) * m.vocab_multiple * h
     head = Cost(h, h, 2 * vocabulary, 2 * vocabulary)
     tied = Cost() if m.tie_embeddings else Cost(vocabulary, vocabulary)
     parts = {"embedding": Cost(vocabulary, vocabulary)}

@@ -4,10 +4,11 @@ PEAK_BF16 = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
     "H200": 989.4e12,
+    "H100 PCIe": 756e12,
     "H100": 989.4e12,
     "A100": 312e12,
 }
-"""Dense bf16 FLOP/s of the SXM boards, from NVIDIA's data sheets (never the figure with sparsity)."""
+"""Dense bf16 FLOP/s from NVIDIA's data sheets (never the figure with sparsity); SXM boards where the name does not say."""
 
 
 def peak_flops(device_name: str, override_tflops: float | None = None) -> float | None:

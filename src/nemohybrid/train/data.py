@@ -48,7 +48,7 @@ class RunData:
         self.bytes_per_token = info.text_bytes / info.tokens if info else None
 
     def _check_vocabulary(self, sources: Sources) -> None:
-        ids, rows = self.tokenizer.vocab_size, self.config.model.vocab_size
+        ids, rows = self.tokenizer.vocab_size, self.config.model.vocab_size or 0
         if ids > rows:
             raise DataError(f"the tokenizer has {ids} ids, the model {rows}. Set model.vocab_size={ids} or more")
         for prefix in (sources.train, sources.valid):

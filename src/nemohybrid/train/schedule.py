@@ -20,10 +20,11 @@ def schedule_factor(schedule: ScheduleSection, now: float, total: float) -> floa
     The decay shapes are those of Megatron-LM's optimizer_param_scheduler.py, with r the part of the decay gone by:
     linear 1-r, cosine (1+cos(pi r))/2, exponential 2 * 0.5^r - 1, minus_sqrt 1-sqrt(r).
     """
-    if now < schedule.warmup:
-        return now / schedule.warmup
+    warmup, decay = schedule.spans(total)
+    if now < warmup:
+        return now / warmup
     cosine = schedule.name == "cosine"
-    start, length = (schedule.warmup, total - schedule.warmup) if cosine else (total - schedule.decay, schedule.decay)
+    start, length = (warmup, total - warmup) if cosine else (total - decay, decay)
     if schedule.name == "constant" or length <= 0:
         return 1.0
     r = min(1.0, max(0.0, (now - start) / length))

@@ -39,7 +39,7 @@ def run_state(step: int, fixed: dict[str, Any]) -> dict[str, Any]:
     return {"step": step, "fixed": fixed}
 
 
-FIXED = ("run.seed", "data.sequence_length", "train.global_batch", "train.batch_ramp", "model")
+FIXED = ("run.seed", "data.sequence_length", "data.reset_documents", "train.global_batch", "train.batch_ramp", "model")
 """Changing one of these in the middle would change what the same step means."""
 FREE_IN_MODEL = ("name", "dtype", "chunk_size")
 """Keys of `model` that do not change the parameters or what they mean."""

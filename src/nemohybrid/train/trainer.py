@@ -13,6 +13,7 @@ from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.precision.gemm import bind
 from nemohybrid.train.checkpointing import Checkpointer
 from nemohybrid.train.data import RunData
 from nemohybrid.train.evaluation import Evaluation, evaluate
@@ -32,6 +33,7 @@ class Trainer:
         self.plan = BatchPlan(config.train, config.data.sequence_length)
         self.data = RunData(config, context)
         self.model = HybridModel.create(config.model, config.run.seed, context)
+        bind(self.model.modules(), config.precision.recipe)
         self.model.recompute = config.train.recompute == "layer"
         self.optimizer = build_optimizer(self.model, config.optim)
         self.checkpoints = Checkpointer(config, context, self.data.tokenizer)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+from nemohybrid.config.derive import BYTE_VOCABULARY, tokenizer_vocabulary
 from nemohybrid.config.rules.rule import RUN_RULES, Situation, rule
 from nemohybrid.config.violation import Violation
 
@@ -35,6 +36,46 @@ def _corpus_problem(key: str, prefix: str) -> Violation | None:
     folder = Path(prefix).parent
     there = sorted(str(p.with_suffix("")) for p in folder.glob("*.idx")) if folder.is_dir() else []
     return Violation(f"{key}={prefix}", f"{' and '.join(missing)} not found", {key: there} if there else {})
+
+
+@rule(RUN_RULES)
+def tokenizer_is_known(now: Situation) -> Violation | None:
+    """byte, bpe:SIZE for the bundled text, or a file."""
+    data = now.config.data
+    spec = data.tokenizer or "byte"
+    kind, _, size = spec.partition(":")
+    if kind == "bpe":
+        if not data.bundled:
+            return Violation(
+                f"data.tokenizer={spec}", "is trained by `data prepare`; a prepared corpus has its tokenizer"
+            )
+        legal = size.isdecimal() and int(size) >= BYTE_VOCABULARY
+        return (
+            None
+            if legal
+            else Violation(f"data.tokenizer={spec}", "needs a size", {"data.tokenizer": "bpe:257 or more"})
+        )
+    if spec == "byte" or Path(spec).exists():
+        return None
+    return Violation(
+        f"data.tokenizer={spec}", "no such file", {"data.tokenizer": "byte, bpe:SIZE, or a tokenizer.json"}
+    )
+
+
+@rule(RUN_RULES)
+def vocabulary_holds_the_tokenizer(now: Situation) -> Violation | None:
+    """Every token id needs a row of the embedding."""
+    ids, rows = tokenizer_vocabulary(now.config.data), now.config.model.vocab_size or 0
+    if ids is None or ids <= rows:
+        return None
+    legal = {"model.vocab_size": f"{ids} or more, or null"}
+    return Violation(f"model.vocab_size={rows}", f"the tokenizer has {ids} ids", legal)
+
+
+@rule(RUN_RULES)
+def run_has_a_folder(now: Situation) -> Violation | None:
+    """An empty name would be the working directory."""
+    return None if now.config.run.dir.strip() else Violation("run.dir=", "is empty", {"run.dir": "a folder"})
 
 
 @rule(RUN_RULES)

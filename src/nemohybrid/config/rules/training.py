@@ -57,15 +57,14 @@ def schedule_fits(now: Situation) -> Violation | None:
     schedule, train = now.config.schedule, now.config.train
     plan = BatchPlan(train, now.config.data.sequence_length)
     total = schedule.total or plan.progress(train.steps, schedule.unit)
-    decay = schedule.decay if schedule.name == "wsd" else 0
-    if schedule.warmup + decay <= total:
+    warmup, decay = schedule.spans(total)
+    if warmup + decay <= total:
         return None
-    where = f"schedule.warmup={schedule.warmup}" + (f" + schedule.decay={decay}" if decay else "")
-    return Violation(
-        where,
-        f"is longer than the {total} {schedule.unit} of the run",
-        {"schedule.warmup": f"up to {max(0, total - decay)}"},
-    )
+    where = f"schedule.warmup={schedule.warmup:g}" + (f" + schedule.decay={schedule.decay:g}" if decay else "")
+    legal = {"schedule.warmup": f"up to {max(0, total - decay):g}"}
+    if decay > total:
+        legal = {"schedule.decay": f"up to {total - min(warmup, total):g}, or a share below 1 such as 0.5"}
+    return Violation(where, f"is longer than the {total} {schedule.unit} of the run", legal)
 
 
 @rule(RUN_RULES)
