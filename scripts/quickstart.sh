@@ -8,8 +8,19 @@ setup_environment base
 # Threads that wait spin only briefly. Measured on two cores: as fast as long spinning where the cores are free (a fifth
 # faster than sleeping at once), and three times faster than long spinning where other programs want them too.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
-# The cores this process may use, but no more than a model this small can keep busy.
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+# The cores this process may use, but no more than a model this small can keep busy; and bf16 only where something
+# multiplies in it: a CPU without such instructions emulates it.
+read -r cores dtype < <(
+  python - <<'PYTHON'
+import os
+
+import torch
+
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+print(cores, "bfloat16" if fast else "float32")
+PYTHON
+)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))}"
 
-exec python -m nemohybrid train experiment=quickstart "$@"
+exec python -m nemohybrid train experiment=quickstart "model.dtype=$dtype" "$@"
