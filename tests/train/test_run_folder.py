@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 
+from nemohybrid.data.tokenizer import load_tokenizer
 from nemohybrid.errors import ConfigError, DataError
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.observe.accounting import TRAINING_PASSES, total_cost
@@ -110,9 +112,18 @@ def test_a_batch_ramp_trains_on_growing_batches(start, tmp_path):
     assert [line["tokens"] for line in lines] == [32 * n for n in (1, 2, 4, 7, 11, 15)]
 
 
-def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(start):
-    with pytest.raises(DataError, match=r"model\.vocab_size=257"):
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_the_run(start):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=257 or more"):
         start("model.vocab_size=256")
+
+
+def test_it_is_refused_too_where_only_the_loaded_tokenizer_tells(start, corpus, tmp_path):
+    for end in ("bin", "idx"):  # a corpus of another program: nothing beside it says how it was made
+        shutil.copy(corpus / f"train.{end}", tmp_path / f"bare.{end}")
+    load_tokenizer("byte").save(tmp_path / "tokenizer")
+    bare = [f"data.train={tmp_path}/bare", "data.valid=null", f"data.tokenizer={tmp_path}/tokenizer"]
+    with pytest.raises(DataError, match=r"model\.vocab_size=257"):
+        start(*bare, "model.vocab_size=256")
 
 
 def test_asking_for_an_absent_gpu_is_a_users_error(monkeypatch):
