@@ -37,8 +37,9 @@ def ssd_chunked(
     dt_bcQGR = dt_bcQH.unflatten(-1, (G, R))
 
     step = (dt_bcQGR * A.to(maths).view(G, R)).permute(0, 1, 3, 4, 2)  # log decay of each token, bcGRQ
-    decay = step.cumsum(-1)  # since the chunk began
-    pair_mask, start_mask, end_mask = _masks(document_ids, L, Q, decay)
+    run = None if document_ids is None else _runs_of_chunks(document_ids, L, Q)
+    decay = _sum_since_start(step, run)
+    pair_mask, start_mask, end_mask = _masks(run, decay)
     decay_in, decay_out = decay + start_mask, _sum_of_later(step) + end_mask
 
     # Elementwise work costs as much as the products here. dt is folded into x once, P numbers a token, and not into
@@ -68,17 +69,37 @@ def _chunks(t: Tensor, Q: int) -> Tensor:
     return t.unflatten(1, (-1, Q))
 
 
-def _masks(document_ids: Tensor | None, L: int, Q: int, like: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+def _runs_of_chunks(document_ids: Tensor, L: int, Q: int) -> Tensor:
+    """The number of the document of every token, [b, c, 1, 1, Q]; padding belongs to the last one."""
+    run = F.pad(document_runs(document_ids), (0, -L % Q), mode="replicate")
+    return run.unflatten(1, (-1, Q))[:, :, None, None]
+
+
+def _sum_since_start(step: Tensor, run: Tensor | None) -> Tensor:
+    """Log decay since the chunk began, or the document where one begins inside the chunk.
+
+    In float64, and without what an earlier document has summed up: strong decays there would cost this one its digits.
+    What is taken away is the same for all pairs of a document, so no gradient belongs to it.
+    """
+    total = step.double().cumsum(-1)
+    if run is not None:
+        begins = F.pad(run[..., 1:] != run[..., :-1], (1, 0))
+        at = torch.arange(run.shape[-1], device=run.device)
+        first = torch.where(begins, at, 0).cummax(-1).values.expand(step.shape)
+        total = total - (total - step).gather(-1, first).detach()
+    return total.to(step.dtype)
+
+
+def _masks(run: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
     """What to add to log decays: 0 where a state may pass, -inf where it may not.
 
     From token j to token i of a chunk [.., Q, Q]; from the chunk before to token i [.., Q]; from token j to the end of
     the chunk [.., Q]. A state passes forward in time and never from one document into another.
     """
+    Q = like.shape[-1]
     causal = torch.ones(Q, Q, dtype=torch.bool, device=like.device).tril()
-    if document_ids is None:
+    if run is None:
         return _log(causal, like), 0.0, 0.0
-    run = document_runs(document_ids)
-    run = F.pad(run, (0, -L % Q), mode="replicate").unflatten(1, (-1, Q))[:, :, None, None]  # bc11Q
     last = run[..., -1:]
     earlier = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], dim=1)  # run 0 continues initial_state
     same = run.unsqueeze(-1) == run.unsqueeze(-2)
