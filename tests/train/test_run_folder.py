@@ -1,8 +1,16 @@
 """What a run leaves in its folder, and what it computes on the way."""
 
+import contextlib
+import fcntl
 import json
 import math
+import os
+import pty
 import shutil
+import struct
+import sys
+import termios
+import warnings
 
 import matplotlib.image
 import numpy as np
@@ -15,6 +23,7 @@ from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.observe.accounting import TRAINING_PASSES, total_cost
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext, choose_device
+from nemohybrid.train.run import run
 from nemohybrid.train.trainer import Trainer
 
 WHOLE = ["logging.picture=true", "train.evaluate_every=3", "sample.prompts=[ROMEO,J]", "sample.max_new_tokens=5"]
@@ -147,3 +156,33 @@ def test_plain_lines_tell_loss_speed_and_time_left(start, capsys):
 def test_a_bar_on_a_terminal_moves_to_the_end(start, capsys):
     start("logging.console=bar")
     assert "4/4" in capsys.readouterr().err
+
+
+def test_on_a_terminal_a_bar_is_shown_and_closed_before_the_samples(configure, tmp_path):
+    """In a child with a real pseudo-terminal, whose window has a size; without one there must be lines."""
+    for rows, expected in ((40, "2/2 ["), (0, "step 2/2")):
+        seen = terminal_output(rows, configure, tmp_path / str(rows))
+        assert expected in seen, seen
+        assert seen.rindex(expected) < seen.index("----- sample 1"), seen
+
+
+def terminal_output(rows: int, configure, folder) -> str:
+    with warnings.catch_warnings():  # Python 3.12 warns of forks beside torch's idle threads
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child, terminal = pty.fork()
+    if child == 0:
+        try:
+            fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 120 if rows else 0, 0, 0))
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            more = ["train.steps=2", "logging.console=auto", "sample.prompts=[J]", "sample.max_new_tokens=2"]
+            run(configure(*more, f"run.dir={folder}"), ParallelContext.single())
+            sys.stdout.flush()
+        finally:
+            os._exit(0)
+    pieces = []
+    with contextlib.suppress(OSError):  # the end of a terminal is an error on Linux
+        while piece := os.read(terminal, 65536):
+            pieces.append(piece)
+    os.waitpid(child, 0)
+    os.close(terminal)
+    return b"".join(pieces).decode(errors="replace")

@@ -1,5 +1,6 @@
 """What a person watching sees: a bar on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ class Progress(Callback):
     """Loss, bits per byte, tokens per second and time left."""
 
     def __init__(self, style: str, every: int) -> None:
-        self.style = ("bar" if sys.stderr.isatty() else "lines") if style == "auto" else style
+        self.style = ("bar" if _shows_a_bar() else "lines") if style == "auto" else style
         self.every = every
         self.bar: tqdm | None = None
 
@@ -56,10 +57,19 @@ class Progress(Callback):
         if self.style != "quiet":
             tqdm.write(text)
 
+    def on_run_end(self, trainer: Trainer) -> None:
+        """Leave the bar as it stands, above what is printed next."""
+        self.on_close()
+
     def on_close(self) -> None:
-        """Leave the bar as it stands."""
+        """Also after a failure."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _shows_a_bar() -> bool:
+    """A terminal that knows its height: in one of no size, as containers can have, tqdm shows nothing at all."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
 
 
 def _facts(result: StepResult) -> list[str]:
