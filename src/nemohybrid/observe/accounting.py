@@ -99,7 +99,7 @@ def moe_cost(m: ModelConfig) -> Cost:
 
 
 def layer_cost(symbol: str, m: ModelConfig, sequence_length: int) -> Cost:
-    """Any layer of the published kinds; a symbol of your own counts nothing until it is added here."""
+    """Any layer of the published kinds; a symbol of your own costs nothing until it is added here."""
     if symbol == "*":
         return attention_cost(m, sequence_length)
     known = {"M": mamba_cost, "-": mlp_cost, "E": moe_cost}
