@@ -1,0 +1,165 @@
+"""How much memory a rank will take, before it takes any.
+
+Weights, gradients and optimizer state are exact. Activations are counted, not modelled: one layer of each kind and the
+output run on the meta device, and what autograd keeps is added up. Left out: what a product needs while it runs, the
+allocator's fragments, and on a GPU the context of CUDA and its libraries (about a GiB).
+"""
+
+# B rows of a microbatch, L length, T tokens = B*L, D hidden
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nemohybrid.config.run_config import RunConfig
+from nemohybrid.errors import TrainingError
+from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.symbols import parse_pattern
+from nemohybrid_kernels.cross_entropy import cross_entropy
+
+GIB = 2**30
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank by component; `fixed` ones do not depend on the microbatch."""
+
+    fixed: dict[str, int]
+    activations: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Everything that is counted, in bytes."""
+        return sum(self.fixed.values()) + sum(self.activations.values())
+
+    def table(self) -> str:
+        """A line a component, in GiB."""
+        rows = [*self.fixed.items(), *self.activations.items(), ("total", self.total)]
+        return "\n".join(f"  {name:34}{size / GIB:>10.2f} GiB" for name, size in rows)
+
+
+def estimate(config: RunConfig, data_ranks: int) -> MemoryEstimate:
+    """What a rank of `config` keeps at the height of a step, when `data_ranks` ranks share the global batch."""
+    with torch.device("meta"):
+        model = HybridModel(config.model)
+    rows = config.train.microbatch or max(1, config.train.global_batch // data_ranks)
+    weights = FP32 * sum(parameter.numel() for parameter in model.parameters())
+    fixed = {"weights, fp32": weights, "gradients, fp32": weights, "optimizer, two fp32 moments": 2 * weights}
+    return MemoryEstimate(fixed, _activations(model, config, rows))
+
+
+def _activations(model: HybridModel, config: RunConfig, rows: int) -> dict[str, int]:
+    length, pattern = config.data.sequence_length, parse_pattern(config.model.pattern).main
+    seq = SequenceContext(rows, length)
+    x = torch.empty(seq.tokens, config.model.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
+    stream = x.nbytes
+    kinds = {symbol: model.layers[pattern.index(symbol)] for symbol in dict.fromkeys(pattern)}
+    kept = {symbol: _kept_for_backward(lambda layer=layer: layer(x, seq), model) for symbol, layer in kinds.items()}
+    labels = torch.empty(seq.tokens, dtype=torch.long, device="meta")
+    logits = seq.tokens * model.output.weight.shape[0] * x.element_size()
+    head = _kept_for_backward(lambda: cross_entropy(model.output.logits(model.final_norm(x)), labels), model)
+    mask = (
+        3 * rows * length**2 if "*" in pattern and config.data.reset_documents else 0
+    )  # bool, and bf16 for the kernel
+    where = f"{rows} x {length} tokens"
+    if config.train.recompute == "layer":
+        layers = {f"layer inputs, {where}": len(pattern) * stream, "one layer, computed again": max(kept.values())}
+    else:
+        layers = {
+            f"{count} {symbol} layers, {where}": count * kept[symbol]
+            for symbol, count in sorted(Counter(pattern).items())
+        }
+    return layers | {"logits, their gradient, the loss": head + logits} | ({"document mask": mask} if mask else {})
+
+
+def _kept_for_backward(compute: Callable[[], Tensor], model: HybridModel) -> int:
+    """Bytes that autograd saves while `compute` runs, parameters left out, each storage once."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}  # the tensor too: a storage that is freed gives its address to another
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes(), tensor
+        return tensor
+
+    with _MetaStandIns(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute()
+    return sum(size for size, _ in kept.values())
+
+
+class _MetaStandIns(TorchFunctionMode):
+    """What has no meta form, or one that keeps more than the real kernels: fused attention, and counts of expert loads."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])
+        if func is torch.Tensor.bincount:
+            visits, experts = args[0].numel(), kwargs["minlength"]
+            return torch.tensor([visits // experts] * (experts - 1) + [visits - visits // experts * (experts - 1)])
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what flash attention keeps: inputs, output, and a log-sum-exp a row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes this rank may still take: what its GPU has free, or its share of the host's, within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free, limit = psutil.virtual_memory().available, _container_limit()
+    if limit is not None:
+        free = min(free, max(0, limit - psutil.Process().memory_info().rss))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _container_limit() -> int | None:
+    """The memory limit of this container (cgroup v2, then v1), if it has one."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if Path(path).is_file() else "max"
+        if text.isdecimal():
+            return int(text)
+    return None
+
+
+def check_fits(config: RunConfig, context: ParallelContext) -> list[str]:
+    """Refuse what cannot fit, before anything is allocated; what might not fit is said in the notes returned.
+
+    Raises TrainingError when weights, gradients and optimizer alone are more than the device has left.
+    """
+    room = available_memory(context.device)
+    expected = estimate(config, context.data.size)
+    if expected.total <= room:
+        return []
+    found = (
+        f"{context.device} has {room / GIB:.2f} GiB left for this rank, which is expected to take\n{expected.table()}"
+    )
+    if sum(expected.fixed.values()) > room:
+        raise TrainingError(f"the model does not fit: {found}\nTake a smaller model, or a device with more memory.")
+    return [f"this may run out of memory: {found}\n{advice(config)}"]
+
+
+def advice(config: RunConfig) -> str:
+    """What to change when activations do not fit, most harmless first."""
+    steps = [] if config.train.microbatch == 1 else ["train.microbatch=1"]
+    steps += [] if config.train.recompute == "layer" else ["train.recompute=layer"]
+    steps += [f"data.sequence_length={config.data.sequence_length // 2}", "a smaller model"]
+    return f"Try, in this order: {', '.join(steps)}. Microbatches and recomputation change no result."

@@ -1,0 +1,100 @@
+"""The estimate of memory holds against what a step really keeps, and refuses what cannot fit."""
+
+import pytest
+import torch
+
+from nemohybrid.config.compose import load_config
+from nemohybrid.config.run_config import RunConfig
+from nemohybrid.errors import TrainingError
+from nemohybrid.model import HybridModel
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.plan import memory
+from nemohybrid.train.batch import Batch
+from nemohybrid.train.loss import summed_loss
+
+ROWS, LENGTH, VOCABULARY = 2, 256, 1024
+MODELS = ["model=quickstart", "model=tiny", "model=tiny_moe"]
+KINDS = [f'model.pattern="{symbol}"' for symbol in "M*-E"]
+
+
+def configured(*overrides: str) -> RunConfig:
+    given = [f"train.global_batch={ROWS}", f"data.sequence_length={LENGTH}", f"model.vocab_size={VOCABULARY}"]
+    return load_config(["data=shakespeare", "data.tokenizer=byte", *given, *overrides])
+
+
+def kept_by_a_step(config: RunConfig, documents: bool) -> int:
+    """Bytes of all tensors that autograd keeps in a real forward pass on the CPU."""
+    model = HybridModel.create(config.model)
+    model.recompute = config.train.recompute == "layer"
+    ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.int32) if documents else None
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        summed_loss(model, Batch(tokens, tokens, torch.ones(ROWS, LENGTH), ids))
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in ours)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
+@pytest.mark.parametrize("overrides", [[m] for m in MODELS] + [["model=tiny_moe", kind] for kind in KINDS], ids=str)
+def test_activations_are_within_a_sixth_of_what_a_step_keeps(overrides, documents):
+    config = configured(*overrides, f"data.reset_documents={str(documents).lower()}")
+    logits_gradient = ROWS * LENGTH * VOCABULARY * 2  # not kept but made at the height of the step, so it counts
+    estimated = sum(memory.estimate(config, 1).activations.values()) - logits_gradient
+    assert estimated / kept_by_a_step(config, documents) == pytest.approx(1, abs=1 / 6)
+
+
+def test_recomputation_keeps_less_and_the_estimate_knows():
+    plain, recomputed = (memory.estimate(configured(f"train.recompute={how}"), 1) for how in ("none", "layer"))
+    assert sum(recomputed.activations.values()) < sum(plain.activations.values()) / 2
+
+
+def test_activations_grow_with_the_microbatch_alone():
+    whole, split, shared = (
+        memory.estimate(configured("train.global_batch=8", *more), ranks)
+        for more, ranks in [([], 1), (["train.microbatch=2"], 1), ([], 4)]
+    )
+    assert split == shared, "two rows at a time, whether by microbatch or by ranks"
+    assert whole.fixed == split.fixed
+    ratio = sum(whole.activations.values()) / sum(split.activations.values())
+    assert 2.5 < ratio < 4.1, "four times the rows; casts of the weights stay"
+
+
+def test_weights_gradients_and_optimizer_are_exact():
+    config = configured("model=tiny")
+    parameters = sum(p.numel() for p in HybridModel.create(config.model).parameters())
+    assert sum(memory.estimate(config, 1).fixed.values()) == 16 * parameters
+
+
+def test_the_largest_published_dense_model_is_estimated_without_memory():
+    estimate = memory.estimate(configured("model=nemotron_h_56b", "data.sequence_length=8192"), 1)
+    assert estimate.total > 900 * memory.GIB
+    assert "54 M layers" in estimate.table()
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 8 * memory.GIB)
+    with pytest.raises(TrainingError, match=r"does not fit: cpu has 8\.00 GiB") as caught:
+        memory.check_fits(configured("model=nemotron_h_8b"), ParallelContext.single())
+    assert "optimizer, two fp32 moments" in str(caught.value)
+
+
+def test_what_may_not_fit_is_a_note_that_says_what_to_change(monkeypatch):
+    config = configured("model=tiny", "train.global_batch=64")
+    estimate = memory.estimate(config, 1)
+    monkeypatch.setattr(memory, "available_memory", lambda device: estimate.total - 1)
+    (note,) = memory.check_fits(config, ParallelContext.single())
+    assert "train.microbatch=1, train.recompute=layer, data.sequence_length=128" in note
+    monkeypatch.setattr(memory, "available_memory", lambda device: estimate.total)
+    assert memory.check_fits(config, ParallelContext.single()) == []
+
+
+def test_ranks_of_a_host_share_its_memory(monkeypatch):
+    whole = memory.available_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available_memory(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)
