@@ -44,13 +44,15 @@ def kept_by_a_step(config: RunConfig, documents: bool) -> int:
 @pytest.mark.parametrize("overrides", [[m] for m in MODELS] + [["model=tiny_moe", kind] for kind in KINDS], ids=str)
 def test_activations_are_within_a_sixth_of_what_a_step_keeps(overrides, documents):
     config = configured(*overrides, f"data.reset_documents={str(documents).lower()}")
-    logits_gradient = ROWS * LENGTH * VOCABULARY * 2  # not kept but made at the height of the step, so it counts
-    estimated = sum(memory.estimate(config, 1).activations.values()) - logits_gradient
+    parts = dict(memory.estimate(config, 1).activations)
+    del parts["backward of the largest layer"]  # made in passing, as is the gradient of the logits
+    estimated = sum(parts.values()) - ROWS * LENGTH * VOCABULARY * 2
     assert estimated / kept_by_a_step(config, documents) == pytest.approx(1, abs=1 / 6)
 
 
 def test_recomputation_keeps_less_and_the_estimate_knows():
-    plain, recomputed = (memory.estimate(configured(f"train.recompute={how}"), 1) for how in ("none", "layer"))
+    deep = "model.pattern='(M-)x8'"
+    plain, recomputed = (memory.estimate(configured(deep, f"train.recompute={how}"), 1) for how in ("none", "layer"))
     assert sum(recomputed.activations.values()) < sum(plain.activations.values()) / 2
 
 
