@@ -1,0 +1,162 @@
+"""scripts/gpu_suite.sh in rehearsal, and the rules of its stages on stand-ins."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("gpu_suite")
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """`shell("--rehearse", wheels="") -> CompletedProcess` of the script, with this Python first in PATH."""
+
+    def run(*arguments: str, wheels: str = "") -> subprocess.CompletedProcess[str]:
+        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        return subprocess.run(
+            ["bash", str(ROOT / "scripts/gpu_suite.sh"), *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path, "NEMOHYBRID_WHEELHOUSE": wheels, "OMP_NUM_THREADS": "1"},
+            text=True,
+            capture_output=True,
+            timeout=120,
+        )
+
+    return run
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_rehearsed_stage_leaves_its_figures_log_and_summary(shell, tmp_path):
+    done = shell("--rehearse", "--only", "throughput", "--out", "results")
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "results"
+    assert json.loads((out / "machine.json").read_text())["torch"] == torch.__version__
+    (result,) = json.loads((out / "results.json").read_text())
+    assert (result["stage"], result["verdict"]) == ("throughput", "ok")
+    assert result["figures"]["tokens_per_second"] > 0
+    assert "4 steps of 2 x 64 tokens" in (out / "throughput.log").read_text()
+    assert (out / "summary.txt").read_text() in done.stdout
+
+
+def test_missing_wheels_and_wheels_for_another_python_are_said(shell, tmp_path):
+    done = shell("--rehearse", wheels=str(tmp_path))
+    assert done.returncode == 2
+    assert "scripts/wheelhouse.sh" in done.stderr
+    (tmp_path / "foreign-1.0-cp27-cp27m-win32.whl").touch()
+    done = shell("--rehearse", wheels=str(tmp_path))
+    assert done.returncode == 2
+    assert "these wheels do not install" in done.stderr
+
+
+def test_every_stage_runs_whatever_became_of_the_one_before(suite, tmp_path):
+    def unsatisfied() -> dict:
+        raise suite.StageError("val_bits_per_byte is 7.1")
+
+    stages = [
+        suite.Stage("fails", 60, python("print('said before'); raise SystemExit(3)")),
+        suite.Stage("measures", 60, python("pass"), lambda: {"tokens_per_second": 123456.7}),
+        suite.Stage("disappoints", 60, python("pass"), unsatisfied),
+        suite.Stage("missing", 60, [str(tmp_path / "no_such_program")]),
+    ]
+    results = suite.run_all(suite.Plan(tmp_path, rehearse=True), stages)
+    verdicts = [result.verdict for result in results]
+    assert verdicts[:3] == ["exit status 3", "ok", "val_bits_per_byte is 7.1"]
+    assert "no_such_program" in verdicts[3]
+    assert (tmp_path / "fails.log").read_text() == "said before\n"
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert len(summary) == 4
+    assert summary[1].endswith("ok  tokens_per_second 123,457")
+
+
+def test_a_stage_past_its_limit_is_stopped_with_its_children(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "GRACE_S", 0.2)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    child = f"{deaf}open({str(tmp_path / 'child')!r}, 'w').write(str(__import__('os').getpid())); time.sleep(60)"
+    parent = f"{deaf}import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    result = suite.run_stage(suite.Stage("hangs", 2.0, python(parent)), tmp_path)
+    assert result.verdict == "stopped after 2 s"
+    assert result.seconds < 10
+    assert not is_running(int((tmp_path / "child").read_text())), "the child of a stopped stage goes on"
+
+
+def is_running(process: int) -> bool:
+    """Waits a moment for a killed process to be gone; a zombie is gone."""
+    status = Path(f"/proc/{process}/stat")
+    for _ in range(50):
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.parametrize(
+    "records, said",
+    [
+        ([{"step": 9, "val_loss": 1.7, "val_bits_per_byte": 2.31}], None),
+        ([{"step": 9, "val_loss": 1.7, "val_bits_per_byte": 2.5}], "is 2.5, it should be below 2.5"),
+        ([{"step": 9, "val_loss": "nan", "val_bits_per_byte": "nan"}], "is nan"),
+        ([{"step": 1, "loss": 5.0}], "missing"),
+    ],
+    ids=["learnt", "not learnt", "nan", "not evaluated"],
+)
+def test_the_quickstart_must_reach_its_quality(suite, tmp_path, records, said):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if said is None:
+        assert suite._quality(tmp_path, 2.5)["val_bits_per_byte"] == 2.31
+    else:
+        with pytest.raises(suite.StageError, match=said):
+            suite._quality(tmp_path, 2.5)
+
+
+def test_speed_is_the_median_of_the_warm_half_and_memory_the_peak(suite, tmp_path):
+    speeds = [1.0, 2.0, 100.0, 110.0, 5.0, 105.0]
+    steps = [
+        {"step": i, "tokens_per_second": v, "seconds": 1 / v, "mfu": None, "memory_device_gib": 9.0 - i}
+        for i, v in enumerate(speeds)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert suite._speed(tmp_path) == {"tokens_per_second": 105.0, "seconds": 1 / 105, "memory_device_gib": 9.0}
+
+
+def test_skipped_gpu_tests_are_a_failure(suite, tmp_path):
+    report = tmp_path / "report.xml"
+    skipped = '<testcase file="a.py" classname="a" name="t"><skipped message="no GPU"/></testcase>'
+    report.write_text(f"<testsuites><testsuite><testcase name='u'/>{skipped}</testsuite></testsuites>")
+    with pytest.raises(suite.StageError, match="NOT ALLOWED"):
+        suite._test_counts(report)
+
+
+def test_all_limits_together_leave_room_in_nine_minutes(suite, tmp_path):
+    stages = [make(suite.Plan(tmp_path, rehearse=False)) for make in suite.STAGES]
+    assert sum(stage.limit_s for stage in stages) <= 9 * 60 - 10
+
+
+def test_a_machine_without_a_gpu_is_told_so(suite, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_suite", "--out", str(tmp_path / "results")])
+    assert suite.main() == 3
+    assert "--rehearse" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_are_never_mixed_with_older_ones(suite, monkeypatch, tmp_path, capsys):
+    (tmp_path / "old").touch()
+    monkeypatch.setattr("sys.argv", ["gpu_suite", "--rehearse", "--out", str(tmp_path)])
+    assert suite.main() == 2
+    assert "is not empty" in capsys.readouterr().err
