@@ -119,7 +119,7 @@ def test_the_readme_shows_every_command() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_script_that_is_named_exists(page: Path) -> None:
     for line in quoted_lines(page):
-        for script in re.findall(r"\bscripts/[\w.]+", line):
+        for script in re.findall(r"\bscripts/[\w./]+", line):
             assert (ROOT / script).is_file(), f"{name_of(page)} names {script}"
 
 
