@@ -47,7 +47,7 @@ def test_train_and_valid_decode_to_the_plays(prepared):
 
 
 def test_every_byte_of_the_last_play_but_the_first_token_is_scored(prepared):
-    stream = ValidationStream(prepared.valid, 128, prepared.tokenizer.token_bytes(), overlap=32)
+    stream = ValidationStream(Corpus(prepared.valid), 128, prepared.tokenizer.token_bytes(), overlap=32)
     batches = list(stream.batches(64))
     first = prepared.tokenizer.bytes_of(int(stream.corpus.read(0, 1)[0]))
     assert sum(batch.scored_bytes for batch in batches) == len(plays()[-1].text.encode()) - len(first)

@@ -110,7 +110,7 @@ def _marker(spec: str) -> dict:
 
 
 def _documents(chosen: Sequence[Play]) -> list[Document]:
-    return [Document(play.text, play.title, len(play.text)) for play in chosen]
+    return [Document(play.text, place, len(play.text)) for place, play in enumerate(chosen, start=1)]
 
 
 def _sources(chosen: Sequence[Play]) -> list[dict[str, str | int]]:

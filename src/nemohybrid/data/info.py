@@ -14,7 +14,8 @@ class CorpusInfo:
     """What `<prefix>.json` records of a corpus.
 
     tokens counts the eod of every document; text_bytes the UTF-8 bytes of the text. sources: name and size of each
-    file, in bytes.
+    file, in bytes. damaged_documents_skipped: left out because they could not be read. unknown_tokens: written where
+    the tokenizer has no id for the text.
     """
 
     tokenizer: dict[str, str | int]
@@ -23,6 +24,8 @@ class CorpusInfo:
     text_bytes: int
     empty_documents_skipped: int
     sources: list[dict[str, str | int]]
+    damaged_documents_skipped: int = 0
+    unknown_tokens: int = 0
     format_version: int = FORMAT_VERSION
 
     def save(self, path: Path) -> None:

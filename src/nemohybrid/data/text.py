@@ -1,110 +1,112 @@
-"""Documents out of text and jsonl files, each with the place it came from."""
+"""Documents out of lines of bytes: jsonl, and text with or without separators; what cannot be read is told apart."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from nemohybrid.errors import DataError, did_you_mean
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
+Line = tuple[bytes, int]  # a line with its end, and how much of its file it took
 
 
 class Document(NamedTuple):
-    """One document. where: file and line, for error messages. file_bytes: how much of the file it took."""
+    """One document. place: the line or row where it starts, from 1. file_bytes: how much of the file it took."""
 
     text: str
-    where: str
+    place: int
     file_bytes: int
 
 
-def read_documents(path: Path, text_field: str = "text", separator: str | None = None) -> Iterator[Document]:
-    """The documents of one file, in order.
+class Damage(NamedTuple):
+    """What stands where a document should. place: the line or row at fault, from 1. file_bytes: as of a Document."""
 
-    `.jsonl` and `.ndjson`: one JSON object a line, its text in `text_field`. Any other file is text: one document,
-    or, with `separator`, one up to each line that is exactly `separator` (empty: up to each blank line).
-    Raises DataError with file and line for what cannot be read.
-    """
-    if not path.is_file():
-        raise DataError(f"{path} is not a file")
-    if path.suffix in JSONL_SUFFIXES:
-        return _jsonl_documents(path, text_field)
-    if separator is not None:
-        return _separated_documents(path, separator)
-    return iter([Document(read_utf8(path), f"{path}, line 1", path.stat().st_size)])
+    reason: str
+    place: int
+    file_bytes: int
+
+
+def jsonl_documents(lines: Iterable[Line], text_field: str) -> Iterator[Document | Damage]:
+    """One JSON object a line, its text in `text_field`; blank lines are nothing."""
+    for number, (line, file_bytes) in enumerate(lines, start=1):
+        if line.isspace():
+            continue
+        try:
+            yield Document(_text_of(decode_utf8(line), text_field), number, file_bytes)
+        except ValueError as error:
+            yield Damage(str(error), number, file_bytes)
+
+
+def text_documents(lines: Iterable[Line], separator: str | None) -> Iterator[Document | Damage]:
+    """One document, or one up to each line that is exactly `separator` (empty: up to each blank line)."""
+    marker = None if separator is None else separator.encode("utf-8")
+    content, start, file_bytes = bytearray(), 1, 0
+    for number, (line, line_bytes) in enumerate(lines, start=1):
+        file_bytes += line_bytes
+        if line.rstrip(b"\r\n") != marker:
+            start = start if content else number
+            content += line
+        elif content:
+            yield _text_document(content, start, file_bytes)
+            content, file_bytes = bytearray(), 0
+    if content or marker is None:
+        yield _text_document(content, start, file_bytes)
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file, line ends untouched. Raises DataError with the line of the first byte that is not UTF-8."""
+    """The text of a small file, line ends untouched. Raises DataError with the line of a byte that is not UTF-8."""
     content = path.read_bytes()
+    try:
+        return decode_utf8(content)
+    except NotUtf8 as error:
+        raise DataError(f"{path}, line {1 + error.lines_before}: {error}") from None
+
+
+class NotUtf8(ValueError):
+    """Bytes that are not UTF-8. lines_before: newlines in front of the first wrong byte."""
+
+    def __init__(self, error: UnicodeDecodeError):
+        self.lines_before = error.object.count(b"\n", 0, error.start)
+        super().__init__(f"byte 0x{error.object[error.start]:02x} is not UTF-8. Convert the file to UTF-8 first")
+
+
+def decode_utf8(content: bytes | bytearray) -> str:
+    """Raises NotUtf8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, content.count(b"\n", 0, error.start) + 1, error) from None
+        raise NotUtf8(error) from None
 
 
-def _jsonl_documents(path: Path, text_field: str) -> Iterator[Document]:
-    for number, line, file_bytes in _lines(path):
-        if not line.isspace():
-            where = f"{path}, line {number}"
-            yield Document(_text_of(line, text_field, where), where, file_bytes)
+def _text_document(content: bytearray, start: int, file_bytes: int) -> Document | Damage:
+    try:
+        return Document(decode_utf8(content), start, file_bytes)
+    except NotUtf8 as error:
+        return Damage(str(error), start + error.lines_before, file_bytes)
 
 
-def _text_of(line: str, text_field: str, where: str) -> str:
+def _text_of(line: str, text_field: str) -> str:
+    """Raises ValueError with the reason when the line is no object with text in `text_field`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object: {error}") from None
+        raise ValueError(f"not a JSON object: {error}") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: not a JSON object but {type(record).__name__}")
+        raise ValueError(f"not a JSON object but {type(record).__name__}")
     if text_field not in record:
         found = ", ".join(map(repr, record)) or "none"
-        raise DataError(
-            f"{where}: no field {text_field!r}. Fields of this line: {found}{did_you_mean(text_field, record)}"
-        )
+        raise ValueError(f"no field {text_field!r}. Fields of this line: {found}{did_you_mean(text_field, record)}")
     text = record[text_field]
     if not isinstance(text, str):
-        raise DataError(f"{where}: field {text_field!r} is not text but {type(text).__name__}")
-    _refuse_lone_surrogate(text, where)
+        raise ValueError(f"field {text_field!r} is not text but {type(text).__name__}")
+    _refuse_lone_surrogate(text)
     return text
 
 
-def _refuse_lone_surrogate(text: str, where: str) -> None:
+def _refuse_lone_surrogate(text: str) -> None:
     """JSON can spell half a UTF-16 pair (`\\ud83d` alone), which is no character and has no UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(
-            f"{where}: {half} at character {error.start} is half a surrogate pair, not a character"
-        ) from None
-
-
-def _separated_documents(path: Path, separator: str) -> Iterator[Document]:
-    lines: list[str] = []
-    start, file_bytes = 1, 0
-    for number, line, line_bytes in _lines(path):
-        file_bytes += line_bytes
-        if line.rstrip("\r\n") != separator:
-            start = start if lines else number
-            lines.append(line)
-        elif lines:
-            yield Document("".join(lines), f"{path}, line {start}", file_bytes)
-            lines, file_bytes = [], 0
-    if lines:
-        yield Document("".join(lines), f"{path}, line {start}", file_bytes)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str, int]]:
-    """(number from 1, line with its end, bytes) of each line; only a newline ends one."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8"), len(line)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, number, error) from None
-
-
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
-    byte = error.object[error.start]
-    return DataError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8. Convert the file to UTF-8 first")
+        raise ValueError(f"{half} at character {error.start} is half a surrogate pair, not a character") from None

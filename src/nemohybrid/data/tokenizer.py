@@ -16,10 +16,12 @@ import tokenizers
 from numpy.typing import NDArray
 
 from nemohybrid.data.text import read_utf8
+from nemohybrid.data.token_tables import byte_table, prefix_in_front
 from nemohybrid.errors import DataError, did_you_mean
 
 EOD_CANDIDATES = ("<|endoftext|>", "</s>")
 TOKENIZER_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
@@ -27,11 +29,17 @@ class Tokenizer(ABC):
     """Text <-> token ids.
 
     table: the bytes each id stands for; control tokens stand for none. eod: the id that ends every document.
+    document_prefix: what `encode` puts in front of a text, so that its first word looks like any other: a space, or
+    nothing. unknown: the id of whatever the vocabulary cannot spell, None where it can spell everything.
     """
 
-    def __init__(self, table: Sequence[bytes], eod: int):
+    def __init__(
+        self, table: Sequence[bytes], eod: int, document_prefix: bytes = b"", unknown: int | None = None
+    ) -> None:
         self.table = tuple(table)
         self.eod = eod
+        self.document_prefix = document_prefix
+        self.unknown = unknown
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -60,12 +68,22 @@ class Tokenizer(ABC):
         return self.table[token]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Inverse of `encode`."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Inverse of `encode`: `document_prefix` goes."""
+        content = b"".join(map(self.bytes_of, ids)).removeprefix(self.document_prefix)
+        return content.decode("utf-8", errors="replace")
+
+    def decode_continuation(self, ids: Iterable[int]) -> str:
+        """The text of `ids` that follow others of the same document: a space in front of them is a space."""
         return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> NDArray[np.int64]:
         """[vocab_size] number of UTF-8 bytes each id stands for; 0 for eod and other control tokens."""
         return np.array([len(entry) for entry in self.table], dtype=np.int64)
+
+    def prefix_bytes(self) -> NDArray[np.int64]:
+        """[vocab_size] how many bytes of each id are `document_prefix`, where a document begins with that id."""
+        length = len(self.document_prefix)
+        return np.array([length * entry.startswith(self.document_prefix) for entry in self.table], dtype=np.int64)
 
 
 class ByteTokenizer(Tokenizer):
@@ -85,27 +103,32 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json`, which only names the type."""
-        _write(folder, TOKENIZER_FILE, json.dumps({"type": "byte"}))
+        write_in(folder, TOKENIZER_FILE, b'{"type": "byte"}')
 
 
 class BpeTokenizer(Tokenizer):
-    """A byte-level tokenizer of the Hugging Face `tokenizers` library (GPT-2, Llama 3, Qwen, Nemotron).
+    """A tokenizer of the Hugging Face `tokenizers` library: byte-level (GPT-2, Llama 3, Qwen, Nemotron), or made from a
+    SentencePiece model (Llama 2, Mistral, Gemma).
 
     source: the text of a `tokenizer.json`. eod_token: the name of the token that ends a document.
-    Raises DataError when `source` is not a tokenizer, is not byte-level, or has no such token.
+    Raises DataError when `source` is not a tokenizer, is of another kind, or has no such token.
     """
 
     def __init__(self, source: str, eod_token: str | None = None, where: str = TOKENIZER_FILE):
         settings, self.backend = _parse(source, where)
         self.source = source
         self.eod_token, eod = _pick_eod(self.backend, eod_token, where)
-        super().__init__(_byte_table(self.backend, settings, where), eod)
+        table = byte_table(self.backend, settings, where)
+        super().__init__(
+            table, eod, prefix_in_front(table, self.encode("a")), _unknown(self.backend, settings["model"], table)
+        )
         canonical = json.dumps(settings, sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without the begin or end tokens that the file may ask for."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        # the fast one leaves out where each token stood in the text
+        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @property
     def description(self) -> dict[str, str | int]:
@@ -114,12 +137,12 @@ class BpeTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json`, and the name of eod where Hugging Face keeps it."""
-        _write(folder, TOKENIZER_FILE, self.source)
-        _write(folder, TOKENIZER_CONFIG_FILE, json.dumps({"eos_token": self.eod_token}))
+        write_in(folder, TOKENIZER_FILE, self.source.encode("utf-8"))
+        write_in(folder, TOKENIZER_CONFIG_FILE, json.dumps({"eos_token": self.eod_token}).encode("utf-8"))
 
 
 class StreamingDecoder:
-    """Turns ids into text one at a time, holding back the bytes of an unfinished character."""
+    """Turns the ids that follow a prompt into text one at a time, holding back the bytes of an unfinished character."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -135,22 +158,36 @@ class StreamingDecoder:
 
 
 def load_tokenizer(spec: str | Path, eod_token: str | None = None) -> Tokenizer:
-    """The tokenizer that `spec` names: `byte`, a `tokenizer.json`, or a folder that holds one.
+    """The tokenizer that `spec` names: `byte`, a `tokenizer.json`, a SentencePiece `.model`, or a folder with either.
 
     eod_token: the token that ends a document; by default what `tokenizer_config.json` beside the file calls
     `eos_token`, else `<|endoftext|>` or `</s>`. Raises DataError when there is none, or nothing to load.
     """
     if spec == "byte":
         return ByteTokenizer()
-    path = Path(spec) / TOKENIZER_FILE if Path(spec).is_dir() else Path(spec)
+    path = _tokenizer_file(Path(spec))
     if not path.is_file():
         raise DataError(
-            f"no tokenizer at {path}. Legal: byte, a tokenizer.json, its folder{did_you_mean(str(spec), ['byte'])}"
+            f"no tokenizer at {path}. Legal: byte, a tokenizer.json, a SentencePiece tokenizer.model, "
+            f"the folder of one{did_you_mean(str(spec), ['byte'])}"
         )
+    eod_token = eod_token or _configured_eod(path.with_name(TOKENIZER_CONFIG_FILE))
+    if path.suffix == ".model":
+        from nemohybrid.data.sentence_pieces import SentencePieceTokenizer  # built upon this module
+
+        return SentencePieceTokenizer(path.read_bytes(), eod_token, str(path))
     source = read_utf8(path)
     if _json_object(source, str(path)).get("type") == "byte":
         return ByteTokenizer()
-    return BpeTokenizer(source, eod_token or _configured_eod(path.with_name(TOKENIZER_CONFIG_FILE)), str(path))
+    return BpeTokenizer(source, eod_token, str(path))
+
+
+def _tokenizer_file(path: Path) -> Path:
+    """In a folder that holds both, as Hugging Face's often do, the `tokenizer.json`."""
+    if not path.is_dir():
+        return path
+    model = path / MODEL_FILE
+    return model if model.is_file() and not (path / TOKENIZER_FILE).is_file() else path / TOKENIZER_FILE
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
@@ -230,44 +267,15 @@ def _configured_eod(config: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _byte_table(backend: tokenizers.Tokenizer, settings: dict, where: str) -> list[bytes]:
-    """The bytes of every id; empty for special tokens and for ids that the file leaves out."""
-    if not _is_byte_level(settings):
-        raise DataError(
-            f"{where} is not byte-level, so text would not come back exactly. "
-            "Legal: a tokenizer.json with a ByteLevel decoder (GPT-2, Llama 3, Qwen, Nemotron), bpe:SIZE, byte"
-        )
-    byte_of_char = _byte_of_char()
-    vocab = backend.get_vocab(with_added_tokens=True)
-    added = backend.get_added_tokens_decoder()
-    table = [b""] * (max(vocab.values()) + 1)
-    for token, index in vocab.items():
-        if index not in added:
-            table[index] = _bytes_of_token(token, byte_of_char)
-        elif not added[index].special:
-            table[index] = token.encode("utf-8")
-    return table
+def _unknown(backend: tokenizers.Tokenizer, model: dict, table: Sequence[bytes]) -> int | None:
+    """The id of what the model cannot spell; None when it can spell every byte (GPT-2 then names its eod there)."""
+    if {bytes([value]) for value in range(256)} <= set(table):
+        return None
+    name = model.get("unk_token")
+    return model.get("unk_id") if name is None else backend.token_to_id(name)
 
 
-def _bytes_of_token(token: str, byte_of_char: dict[str, int]) -> bytes:
-    """As the library's ByteLevel decoder reads it: a token with a character that stands for no byte is plain text."""
-    if all(char in byte_of_char for char in token):
-        return bytes(byte_of_char[char] for char in token)
-    return token.encode("utf-8")
-
-
-def _is_byte_level(settings: dict) -> bool:
-    decoder = settings.get("decoder") or {}
-    return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where it is visible Latin-1, else the next one from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [value for value in range(256) if value not in visible]
-    return {chr(value): value for value in visible} | {chr(256 + rank): value for rank, value in enumerate(hidden)}
-
-
-def _write(folder: str | Path, name: str, text: str) -> None:
+def write_in(folder: str | Path, name: str, content: bytes) -> None:
+    """Write a file, creating its folder if need be."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / name).write_bytes(text.encode("utf-8"))
+    (Path(folder) / name).write_bytes(content)

@@ -95,7 +95,7 @@ def generate_text(
     """Each prompt with its continuation. An empty prompt begins a new document."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     rows = generate_tokens(model, encoded, max_new_tokens, sampling, tokenizer.eod, seed)
-    return [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, rows, strict=True)]
+    return [prompt + tokenizer.decode_continuation(row) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
