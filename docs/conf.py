@@ -22,7 +22,7 @@ html_theme = "furo"
 html_title = f"nemohybrid {version}"
 exclude_patterns = ["_build", "_generated"]
 
-KINDS = {int: "whole number", float: "number", bool: "true, false", str: "text"}
+KINDS = {int: "whole number", float: "number", bool: "true, false", str: "text", Any: "text, or a mapping"}
 
 
 def options_page() -> str:

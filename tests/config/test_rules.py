@@ -88,6 +88,7 @@ CASES = {
         ["no validation data"],
         ["train.evaluate_every=5"],
     ),
+    "split_is_possible": (["data.split=[0,1]"], ["data.split=[0, 1]", "the first above 0", "[98,1,1]"], []),
     "tokenizer_is_known": (["data.tokenizer=nope"], ["byte, bpe:SIZE"], ["data.tokenizer=bpe:257"]),
     "vocabulary_holds_the_tokenizer": (
         ["data.tokenizer=bpe:512", "model.vocab_size=300"],

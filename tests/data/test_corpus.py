@@ -98,7 +98,7 @@ def test_a_corpus_without_tokens_is_refused(tmp_path):
 
 
 def test_another_tokenizer_than_the_corpus_was_made_with_is_refused(tmp_path):
-    write_corpus([Document("text", "", 4)], tmp_path / "c", ByteTokenizer(), [])
+    write_corpus([Document("text", 1, 4)], tmp_path / "c", ByteTokenizer(), [])
     Corpus(tmp_path / "c").check_tokenizer(ByteTokenizer())
     with pytest.raises(
         DataError, match=r'prepared with the tokenizer {"type": "byte".*but the run uses {"type": "bpe"'

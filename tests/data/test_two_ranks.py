@@ -15,7 +15,7 @@ import hashlib, json, sys
 from datetime import timedelta
 import torch.distributed as dist
 from nemohybrid.cli import data
-from nemohybrid.data import bundled, sampler, validation
+from nemohybrid.data import blend, bundled, corpus, mixture, sampler, split, validation
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 eager = sorted(name for name in sys.modules if name.partition(".")[0] == "megatron")
@@ -23,7 +23,7 @@ dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=120)
 dist.barrier()
 prepared = bundled.prepare_bundled(f"{folder}/data", "bpe:300")
 dist.barrier()
-stream = sampler.SampleStream(prepared.train, 64, 1, f"{folder}/cache")
+stream = sampler.SampleStream(corpus.Corpus(prepared.train), 64, 1, f"{folder}/cache")
 indices = range(stream.samples_per_epoch - 20, stream.samples_per_epoch + 20)
 samples = hashlib.sha256(b"".join(stream[index].tobytes() for index in indices)).hexdigest()
 dist.barrier()

@@ -66,6 +66,8 @@ def is_section(annotation: Any) -> bool:
 
 def value_problem(field: dataclasses.Field, annotation: Any, value: Any) -> str:
     """Why `value` cannot stand in this field, or an empty string."""
+    if problem := field.metadata.get("problem"):
+        return problem(value)
     if not _fits(value, annotation):
         return f"is not {_type_name(annotation)}"
     if value is None:

@@ -23,6 +23,9 @@ from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.violation import Violation, raise_all
 from nemohybrid.errors import ConfigError
 
+ABSENT_DATA = ("data.train", "train.evaluate_every")
+"""What rules complain of where there is no data. It says nothing where a refused word would have named some."""
+
 
 def register_schema() -> None:
     """Tell Hydra the types of every key, under the name the root config starts from."""
@@ -80,7 +83,9 @@ def finish(
     config = build(RunConfig, values, violations)
     derive_vocabulary(config)
     derive_sizes(config.model)
-    violations.extend(violated_rules(config, world_size, model_only=model_only))
+    refused = any(v.where.lstrip("+").startswith(("data", "experiment")) for v in violations)
+    found = violated_rules(config, world_size, model_only=model_only)
+    violations.extend(v for v in found if not (refused and v.where in ABSENT_DATA))
     raise_all(violations)
     config.freeze()
     return config

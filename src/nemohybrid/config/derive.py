@@ -25,7 +25,8 @@ def tokenizer_vocabulary(data: DataSection) -> int | None:
         return int(size)
     if data.bundled:
         return BYTE_VOCABULARY if data.tokenizer is None else None
-    return _vocabulary_of_corpus(data.train) if data.train else None
+    known = (_vocabulary_of_corpus(prefix) for prefix in data.corpora)
+    return next((ids for ids in known if ids is not None), None)
 
 
 def _vocabulary_of_corpus(prefix: str) -> int | None:

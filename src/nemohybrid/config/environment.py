@@ -1,7 +1,10 @@
 """`data`, `parallel`, `precision`, `checkpoint`, `logging`, `sample` and `cluster`: what surrounds the model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from nemohybrid.config.corpora import names_problem, weights_problem
 from nemohybrid.config.section import Section, option
 
 
@@ -11,14 +14,39 @@ class DataSection(Section):
 
     bundled: str | None = option(None, "a text inside the package, prepared on first use", choices=("shakespeare",))
     cache: str | None = option(None, "where prepared and indexed files go; empty: <run.dir>/data")
-    train: str | None = option(None, "prefix of the training corpus (PREFIX.bin, PREFIX.idx)")
-    valid: str | None = option(None, "prefix of the validation corpus")
+    train: Any = option(
+        None,
+        "prefix of the training corpus (PREFIX.bin, PREFIX.idx); or {prefix: weight, ...}, a blend",
+        problem=weights_problem,
+    )
+    valid: Any = option(
+        None, "prefix of the validation corpus; or {name: prefix, ...}, each scored by itself", problem=names_problem
+    )
+    split: list[float] = option(
+        [],
+        "shares of each training corpus to train on, validate on and leave out, e.g. [98,1,1]; empty: all to train on",
+    )
     tokenizer: str | None = option(
-        None, "byte, bpe:SIZE (bundled text only), or a tokenizer.json; empty: the corpus says"
+        None, "byte, bpe:SIZE (bundled text only), a tokenizer.json or a tokenizer.model; empty: the corpus says"
     )
     sequence_length: int = option(256, "tokens of a training sample", minimum=1)
     reset_documents: bool = option(True, "state and attention stop at document boundaries inside a sample")
     valid_overlap: int = option(0, "context tokens of a validation window that were scored before", minimum=0)
+
+    @property
+    def corpora(self) -> Mapping[str, float]:
+        """Prefix -> weight of what `train` names; empty for the bundled text."""
+        return {self.train: 1.0} if isinstance(self.train, str) else self.train or {}
+
+    @property
+    def valid_sets(self) -> Mapping[str, str]:
+        """Name -> prefix of what `valid` names; a single corpus has the name ""."""
+        return {"": self.valid} if isinstance(self.valid, str) else self.valid or {}
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out: a corpus, the bundled play, or a share of `split`."""
+        return bool(self.bundled or self.valid or any(self.split[1:2]))
 
 
 @dataclass

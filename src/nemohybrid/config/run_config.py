@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from nemohybrid.config.environment import (
     CheckpointSection,
@@ -39,10 +38,6 @@ class RunConfig(Section):
     sample: SampleSection = field(default_factory=SampleSection)
     cluster: ClusterSection = field(default_factory=ClusterSection)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, for saving."""
-        return asdict(self)
-
     def digest(self) -> str:
-        """SHA-256 of the resolved configuration, the same on every rank of a healthy job."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the resolved configuration, the same on every rank of a healthy job. The order of corpora counts."""
+        return hashlib.sha256(json.dumps(self.as_dict()).encode()).hexdigest()

@@ -5,7 +5,8 @@ same object is frozen and can be handed around without anyone changing it.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -16,9 +17,13 @@ def option(
     choices: tuple[str, ...] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    problem: Callable[[Any], str] | None = None,
 ) -> Any:
-    """A dataclass field with a default, one line of help, and the values it may take."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    """A dataclass field with a default, one line of help, and the values it may take.
+
+    problem: for a field of type Any, why a value cannot stand in it, or an empty string.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "problem": problem}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -35,14 +40,26 @@ class Section:
         object.__setattr__(self, name, value)
 
     def freeze(self) -> None:
-        """Lock this section and those inside it; lists become tuples."""
+        """Lock this section and those inside it; lists become tuples, mappings read-only."""
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
             if isinstance(value, Section):
                 value.freeze()
             elif isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(value, dict):
+                object.__setattr__(self, field.name, MappingProxyType(dict(value)))
         object.__setattr__(self, "_frozen", True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, for saving."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.as_dict()
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -5,7 +5,9 @@ marks, then int32 lengths, int64 byte offsets, int64 document marks. `.bin` hold
 """
 
 import functools
+import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -19,35 +21,47 @@ from nemohybrid.errors import DataError, did_you_mean
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 16_384
 TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # token type code -> bytes of one id; 6 and 7 are floats
 
 
 class Corpus:
-    """Token ids of a `.bin/.idx` pair. Every array it returns is a copy and outlives it.
+    """Token ids of a `.bin/.idx` pair, or of a part of its sequences. Every array it returns is a copy and outlives it.
 
-    prefix: the path without `.bin` or `.idx`. Raises DataError when a file is missing or the two do not fit.
+    prefix: the path without `.bin` or `.idx`. sequences: the entries of the index that count, next to each other; all
+    by default. Raises DataError when a file is missing or the two do not fit.
     """
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path, sequences: range | None = None):
         check_files(prefix)
         self.prefix = str(prefix)
         self.dataset = megatron("indexed_dataset").IndexedDataset(self.prefix)
-        self.starts = np.concatenate([[0], np.cumsum(self.dataset.sequence_lengths, dtype=np.int64)])
+        self.sequences = range(len(self.dataset)) if sequences is None else sequences
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """Token ids in all documents, eod included."""
-        return int(self.starts[-1])
+        return int(self._lengths.sum(dtype=np.int64))
 
     @property
     def num_sequences(self) -> int:
         """Entries of the index; the same as documents unless a Megatron tool wrote several to a document."""
-        return len(self.dataset)
+        return len(self.sequences)
 
     @property
     def num_documents(self) -> int:
-        """Documents, as the index marks them."""
-        return len(self.dataset.document_indices) - 1
+        """Documents, as the index marks them; of a part, those that begin in it."""
+        first, last = np.searchsorted(self.dataset.document_indices[:-1], [self.sequences.start, self.sequences.stop])
+        return int(last - first)
+
+    @functools.cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """[sequences + 1] where each sequence begins, counted in tokens, and where the last one ends."""
+        return np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+
+    @property
+    def _lengths(self) -> NDArray[np.int32]:
+        return self.dataset.sequence_lengths[self.sequences.start : self.sequences.stop]
 
     @functools.cached_property
     def info(self) -> CorpusInfo | None:
@@ -56,9 +70,14 @@ class Corpus:
         return CorpusInfo.load(path) if path.is_file() else None
 
     def tokens(self, document: int) -> NDArray[np.int64]:
-        """[n] the ids of one document, its eod included."""
+        """[n] the ids of one document, counted in the whole corpus; its eod included."""
         first, last = self.dataset.document_indices[document : document + 2]
-        return self.read(int(self.starts[first]), int(self.starts[last]))
+        parts = [np.empty(0, dtype=np.int64), *(self.dataset.get(sequence) for sequence in range(first, last))]
+        return np.concatenate(parts, dtype=np.int64)
+
+    def document_of(self, sequence: int) -> int:
+        """The number of the document that holds an entry of the index, both counted in the whole corpus."""
+        return int(np.searchsorted(self.dataset.document_indices, sequence, side="right")) - 1
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """[stop - start] the ids from `start` up to `stop`, counted through all documents in order."""
@@ -71,7 +90,7 @@ class Corpus:
             skip = max(start - int(self.starts[sequence]), 0)
             length = min(stop, int(self.starts[sequence + 1])) - int(self.starts[sequence]) - skip
             # megatron returns a view of a file mapping that dies with the dataset; concatenate copies it
-            parts.append(self.dataset.get(sequence, offset=skip, length=length))
+            parts.append(self.dataset.get(self.sequences[sequence], offset=skip, length=length))
         return np.concatenate(parts, dtype=np.int64)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -97,6 +116,23 @@ def check_files(prefix: str | Path) -> None:
         if actual != expected:
             fault = "truncated" if actual < expected else "longer than its index says"
             raise DataError(f"{path} is {fault}: {actual:,} bytes, expected {expected:,}. Copy or prepare it again")
+
+
+def fingerprint(prefix: str | Path) -> str:
+    """32 hexadecimal digits that follow the content of a corpus and not its place or time.
+
+    They cover the sizes of `.idx` and `.bin` and 16 blocks of 16 KiB of each, evenly spread from the first byte to the
+    last: all of a small file. A few tokens changed between the blocks of a large one go unseen.
+    """
+    digest = hashlib.sha256()
+    for end in (".idx", ".bin"):
+        with Path(f"{prefix}{end}").open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(size.to_bytes(8, "little"))
+            for block in range(FINGERPRINT_BLOCKS):
+                file.seek(block * max(size - FINGERPRINT_BLOCK_BYTES, 0) // (FINGERPRINT_BLOCKS - 1))
+                digest.update(file.read(FINGERPRINT_BLOCK_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def _sizes_from_index(idx: Path) -> tuple[int, int]:

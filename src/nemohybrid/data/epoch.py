@@ -31,7 +31,9 @@ INDEX_NAMES = ("documents", "starts", "order")
 
 
 class Epoch:
-    """Every sample of a corpus once. Each has `sequence_length + 1` ids; up to `sequence_length` ids are left over.
+    """Every sample of a corpus, or of a part of one, once.
+
+    Each has `sequence_length + 1` ids; up to `sequence_length` ids are left over.
 
     seed: megatron's `random_seed`, 0 to 2^32 - 1; the samples equal those of its `GPTDataset` with `num_samples=None`.
     cache_dir: where index arrays are kept for other ranks and restarts; None builds them in memory each time.
@@ -47,9 +49,12 @@ class Epoch:
         return self.num_samples
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """[sequence_length + 1] the ids of one sample."""
-        sample = self.dataset[index]
-        return np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
+        """[sequence_length + 1] the ids of one sample, as they are on disk: megatron's own would turn -1 into 0."""
+        return self.dataset._query_document_sample_shuffle_indices(index)[0]
+
+    def sequences_of(self, index: int) -> NDArray[np.int64]:
+        """The entries of the index that one sample is made of, in order."""
+        return self.dataset._query_document_sample_shuffle_indices(index)[1]
 
 
 class IndexCache:
@@ -66,7 +71,8 @@ class IndexCache:
             "starts": (num_samples + 1, 2),
             "order": (num_samples,),
         }
-        key = [str(Path(corpus.prefix).resolve()), *_identity(corpus), sequence_length, seed]
+        part = [corpus.sequences.start, corpus.sequences.stop]
+        key = [str(Path(corpus.prefix).resolve()), *_identity(corpus), *part, sequence_length, seed]
         digest = hashlib.sha256(json.dumps(key).encode("utf-8")).hexdigest()[:32]
         self.paths = {name: folder / f"{digest}.{name}.npy" for name in INDEX_NAMES}
 
@@ -134,11 +140,11 @@ def _gpt_dataset_class() -> type:
     logging.getLogger(module.__name__).setLevel(logging.ERROR)
 
     class CachedGPTDataset(module.GPTDataset):
-        """megatron's GPTDataset on one epoch of a whole corpus, with our storage of its indices."""
+        """megatron's GPTDataset on one epoch of a corpus, with our storage of its indices."""
 
         def __init__(self, corpus: Corpus, cache: IndexCache | None, config: object):
             self.cache = cache
-            sequences = np.arange(corpus.num_sequences, dtype=np.int32)
+            sequences = np.arange(corpus.sequences.start, corpus.sequences.stop, dtype=np.int32)
             split = megatron("utils").Split.train
             super().__init__(corpus.dataset, corpus.prefix, sequences, None, split, config)
 

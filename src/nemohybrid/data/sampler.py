@@ -1,6 +1,6 @@
-"""The training stream: sample k is a pure function of (corpus, sequence length, seed, k).
+"""The endless samples of one corpus: sample k is a pure function of (corpus, sequence length, seed, k).
 
-It knows nothing of steps, ranks or the length of the run, so a resumed, resized or prolonged run sees the same
+A stream knows nothing of steps, ranks or the length of the run, so a resumed, resized or prolonged run sees the same
 samples in the same order. Epochs follow one another, each with a seed of its own.
 """
 
@@ -30,17 +30,16 @@ class Batch(NamedTuple):
 class SampleStream:
     """Endless samples of one corpus.
 
-    prefix: of the corpus. sequence_length: tokens that a sample predicts. seed: any integer. cache_dir: a folder that
-    all ranks share, for the order of each epoch (None: in memory). Raises DataError when the corpus is damaged or
-    shorter than one sample.
+    sequence_length: tokens that a sample predicts. seed: any integer. cache_dir: a folder that all ranks share, for the
+    order of each epoch (None: in memory). Raises DataError when the corpus is shorter than one sample.
     """
 
-    def __init__(self, prefix: str | Path, sequence_length: int, seed: int, cache_dir: str | Path | None):
-        self.corpus = Corpus(prefix)
+    def __init__(self, corpus: Corpus, sequence_length: int, seed: int, cache_dir: str | Path | None):
+        self.corpus = corpus
         self.sequence_length = sequence_length
         self.seed = seed
         self.cache_dir = cache_dir
-        self.samples_per_epoch = samples_per_epoch(self.corpus, sequence_length)
+        self.samples_per_epoch = samples_per_epoch(corpus, sequence_length)
         self.epochs: dict[int, Epoch] = {}
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
@@ -49,11 +48,10 @@ class SampleStream:
         epoch, position = divmod(index, self.samples_per_epoch)
         return self._epoch(epoch)[position]
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples `indices` as tensors; every label counts, the first token after an eod too."""
-        samples = torch.from_numpy(np.stack([self[index] for index in indices]))
-        tokens, labels = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
-        return Batch(tokens, labels, torch.ones(tokens.shape))
+    def sequences_of(self, index: int) -> NDArray[np.int64]:
+        """The entries of the corpus's index that sample `index` is made of, in order."""
+        epoch, position = divmod(index, self.samples_per_epoch)
+        return self._epoch(epoch).sequences_of(position)
 
     def _epoch(self, number: int) -> Epoch:
         if number not in self.epochs:
@@ -62,6 +60,21 @@ class SampleStream:
             seed = epoch_seed(self.seed, number)
             self.epochs[number] = Epoch(self.corpus, self.sequence_length, seed, self.cache_dir)
         return self.epochs[number]
+
+
+def as_batch(samples: Sequence[NDArray[np.int64]]) -> Batch:
+    """Samples of L + 1 ids as tensors; every label counts, the first token after an eod too."""
+    stacked = torch.from_numpy(np.stack(samples))
+    tokens, labels = stacked[:, :-1].contiguous(), stacked[:, 1:].contiguous()
+    return Batch(tokens, labels, torch.ones(tokens.shape))
+
+
+def corpus_seed(seed: int, position: int) -> int:
+    """The seed of the corpus at a position of a blend. It follows neither name nor number of the corpora, and the first
+    corpus has that of the run."""
+    if position == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"seed {seed} corpus {position}".encode()).digest()[:8], "little")
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -3,12 +3,12 @@
 The documents are read in order as one line of N tokens. Token 0 has nothing before it and is never predicted; the
 other N - 1 are each scored in one window. So the bytes scored are those of the text, less the bytes of token 0, and
     bits per byte = sum of the scored tokens' losses in nats / ln 2 / bytes scored.
-An eod is scored and stands for no byte.
+An eod is scored and stands for no byte. Where a tokenizer puts something before every document (SentencePiece: a blank),
+those bytes are not of the text and are taken off again.
 """
 
 # B batch, L length
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,24 +30,36 @@ class ValidationBatch(NamedTuple):
 
 
 class ValidationStream:
-    """A whole corpus as windows of `sequence_length` tokens.
+    """A whole corpus, or a part of one, as windows of `sequence_length` tokens.
 
     token_bytes: [vocab] of the corpus's tokenizer. overlap: tokens at the head of each window but the first that are
-    context only, scored by the window before. Raises DataError when the corpus is damaged, has fewer than two tokens,
+    context only, scored by the window before. eod: the id that ends a document. prefix_bytes: [vocab] bytes that the
+    tokenizer put in front, in the first id of a document. Raises DataError when the corpus has fewer than two tokens,
     or holds ids outside the tokenizer's vocabulary.
     """
 
-    def __init__(self, prefix: str | Path, sequence_length: int, token_bytes: NDArray[np.int64], overlap: int = 0):
+    def __init__(
+        self,
+        corpus: Corpus,
+        sequence_length: int,
+        token_bytes: NDArray[np.int64],
+        overlap: int = 0,
+        *,
+        eod: int | None = None,
+        prefix_bytes: NDArray[np.int64] | None = None,
+    ):
         if not 0 <= overlap < sequence_length:
             raise DataError(
                 f"overlap {overlap} does not fit windows of {sequence_length}. Legal: 0 to {sequence_length - 1}"
             )
-        self.corpus = Corpus(prefix)
+        self.corpus = corpus
         self.sequence_length = sequence_length
         self.token_bytes = token_bytes
         self.overlap = overlap
-        if self.corpus.num_tokens < 2:
-            raise DataError(f"{prefix} has {self.corpus.num_tokens} tokens; to predict one, two are needed. Add text")
+        self.eod, self.prefix_bytes = eod, prefix_bytes
+        tokens = corpus.num_tokens
+        if tokens < 2:
+            raise DataError(f"{corpus.prefix} has {tokens} tokens; to predict one, two are needed. Add text")
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -69,17 +81,25 @@ class ValidationStream:
         rows = [self._window(window) for window in windows]
         samples = torch.from_numpy(np.stack([sample for sample, _ in rows]))
         loss_mask = torch.from_numpy(np.stack([mask for _, mask in rows]))
-        labels = samples[:, 1:].contiguous()
-        scored_bytes = int(self.token_bytes[labels[loss_mask.bool()].numpy()].sum())
-        return ValidationBatch(samples[:, :-1].contiguous(), labels, loss_mask, scored_bytes)
+        tokens, labels = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        scored = loss_mask.bool()
+        return ValidationBatch(tokens, labels, loss_mask, self._bytes(tokens[scored], labels[scored]))
+
+    def _bytes(self, before: Tensor, labels: Tensor) -> int:
+        """Of the text that `labels` [n] stand for, each after the token `before` it [n]."""
+        text = int(self.token_bytes[labels.numpy()].sum())
+        if self.eod is None or self.prefix_bytes is None:
+            return text
+        return text - int(self.prefix_bytes[labels[before.eq(self.eod)].numpy()].sum())
 
     def _window(self, window: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """[L + 1] ids, padded with 0, and the [L] mask of the labels to score."""
         start = min(window * (self.sequence_length - self.overlap), self.corpus.num_tokens)
         ids = self.corpus.read(start, min(start + self.sequence_length + 1, self.corpus.num_tokens))
-        if len(ids) and ids.max() >= len(self.token_bytes):
+        outside = ids[(ids < 0) | (ids >= len(self.token_bytes))]
+        if len(outside):
             raise DataError(
-                f"{self.corpus.prefix} holds token id {ids.max()}; the tokenizer has {len(self.token_bytes)} ids"
+                f"{self.corpus.prefix} holds token id {outside[0]}; the tokenizer has {len(self.token_bytes)} ids"
             )
         sample = np.zeros(self.sequence_length + 1, dtype=np.int64)
         sample[: len(ids)] = ids

@@ -1,9 +1,9 @@
 """The tokens of a run: what its configuration names, opened, and cut into this rank's share of each batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,7 +11,9 @@ from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.data.bundled import prepare_bundled
 from nemohybrid.data.corpus import Corpus
-from nemohybrid.data.sampler import SampleStream, document_ids
+from nemohybrid.data.mixture import Mixture
+from nemohybrid.data.sampler import document_ids
+from nemohybrid.data.split import split_corpora
 from nemohybrid.data.tokenizer import Tokenizer, load_tokenizer
 from nemohybrid.data.validation import ValidationStream
 from nemohybrid.errors import DataError
@@ -24,15 +26,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sources:
-    """Prefixes of the corpora, and the tokenizer that made them."""
+    """Training corpora with their weights, validation corpora by name ("": the only one), and the tokenizer of all."""
 
-    train: Path
-    valid: Path | None
+    train: list[Corpus]
+    weights: list[float]
+    valid: dict[str, Corpus]
     tokenizer: Tokenizer
 
 
 class RunData:
-    """Which sequences a step trains on depends on (seed, step) alone: not on ranks, microbatches or the run's length."""
+    """Which sequences a step trains on depends on (seed, step) alone: not on ranks, microbatches or the run's length.
+
+    Raises DataError for corpora that are damaged, too short, or not of the run's tokenizer.
+    """
 
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context
@@ -42,37 +48,46 @@ class RunData:
         self.tokenizer = sources.tokenizer
         self._check_vocabulary(sources)
         length, seed = config.data.sequence_length, config.run.seed
-        self.train = on_main_first(context, lambda: SampleStream(sources.train, length, seed, cache / "index"))
-        self.valid = self._validation(sources)
-        info = self.train.corpus.info
-        self.bytes_per_token = info.text_bytes / info.tokens if info else None
+        self.train = Mixture(sources.train, sources.weights, length, seed, cache / "index")
+        self.train.check_batch(config.train.global_batch)
+        self.valid = {name: self._validation(corpus) for name, corpus in sources.valid.items()}
+        self.bytes_per_token = self.train.bytes_per_token
 
     def _check_vocabulary(self, sources: Sources) -> None:
         ids, rows = self.tokenizer.vocab_size, self.config.model.vocab_size or 0
         if ids > rows:
             raise DataError(f"the tokenizer has {ids} ids, the model {rows}. Set model.vocab_size={ids} or more")
-        for prefix in (sources.train, sources.valid):
-            if prefix is not None:
-                Corpus(prefix).check_tokenizer(self.tokenizer)
+        for corpus in [*sources.train, *sources.valid.values()]:
+            corpus.check_tokenizer(self.tokenizer)
 
-    def _validation(self, sources: Sources) -> ValidationStream | None:
-        if sources.valid is None:
-            return None
-        length, overlap = self.config.data.sequence_length, self.config.data.valid_overlap
-        return ValidationStream(sources.valid, length, self.tokenizer.token_bytes(), overlap)
+    def _validation(self, corpus: Corpus) -> ValidationStream:
+        length, overlap, tokenizer = self.config.data.sequence_length, self.config.data.valid_overlap, self.tokenizer
+        return ValidationStream(
+            corpus, length, tokenizer.token_bytes(), overlap, eod=tokenizer.eod, prefix_bytes=tokenizer.prefix_bytes()
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same in the run folder's checkpoints: corpora, their order and shares. JSON."""
+        return {"data.corpora": self.train.identity()}
+
+    def describe(self, total_samples: int) -> list[str]:
+        """What the first `total_samples` sequences of the run are made of, in plain words."""
+        return self.train.describe(total_samples)
 
     def batch(self, step: int) -> Batch:
-        """This rank's sequences of `step`, on its device. Rank r of n takes the r-th of n equal runs of the batch."""
+        """This rank's sequences of `step`, on its device. Rank r of n takes the r-th of n equal runs of the batch.
+
+        Raises DataError for a token id that the model does not have.
+        """
         share = self.plan.batch_at(step) // self.context.data.size
         first = self.plan.samples_before(step) + share * self.context.data.rank
-        tokens, labels, mask = self.train.batch(range(first, first + share))
+        tokens, labels, mask = self.train.batch(first, first + share, self.config.model.vocab_size or 0)
         return self._on_device(tokens, labels, mask)
 
-    def validation_batches(self, batch_size: int) -> Iterator[tuple[Batch, int]]:
-        """This rank's share of the validation windows, with the bytes of text each batch scores."""
-        assert self.valid is not None
+    def validation_batches(self, name: str, batch_size: int) -> Iterator[tuple[Batch, int]]:
+        """This rank's share of the windows of one validation set, with the bytes of text each batch scores."""
         data = self.context.data
-        for tokens, labels, mask, scored_bytes in self.valid.batches(batch_size, data.rank, data.size):
+        for tokens, labels, mask, scored_bytes in self.valid[name].batches(batch_size, data.rank, data.size):
             yield self._on_device(tokens, labels, mask), scored_bytes
 
     def _on_device(self, tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> Batch:
@@ -99,20 +114,25 @@ def find_sources(config: RunConfig, cache: Path) -> Sources:
         spec = data.tokenizer or "byte"
         folder = cache / f"{data.bundled}-{Path(spec).name.replace(':', '-')}"
         made = prepare_bundled(folder, spec)
-        return Sources(made.train, made.valid, made.tokenizer)
-    assert data.train is not None, "a rule checks that there is training data"
-    train = Path(data.train)
-    return Sources(train, Path(data.valid) if data.valid else None, _tokenizer(data.tokenizer, train))
+        return Sources([Corpus(made.train)], [1.0], {"": Corpus(made.valid)}, made.tokenizer)
+    prefixes = list(data.corpora)
+    assert prefixes, "a rule checks that there is training data"
+    if data.split:
+        train, valid = split_corpora(prefixes, data.split)
+    else:
+        train = [Corpus(prefix) for prefix in prefixes]
+        valid = {name: Corpus(prefix) for name, prefix in data.valid_sets.items()}
+    return Sources(train, list(data.corpora.values()), valid, _tokenizer(data.tokenizer, train))
 
 
-def _tokenizer(spec: str | None, train: Path) -> Tokenizer:
-    """The one named, or the one the corpus was made with: `byte`, or what `data prepare` left in PREFIX.tokenizer."""
+def _tokenizer(spec: str | None, corpora: Sequence[Corpus]) -> Tokenizer:
+    """The one named, or the one a corpus was made with: `byte`, or what `data prepare` left in PREFIX.tokenizer."""
     if spec:
         return load_tokenizer(spec)
-    info = Corpus(train).info
-    if info and info.tokenizer.get("type") == "byte":
-        return load_tokenizer("byte")
-    beside = Path(f"{train}.tokenizer")
-    if beside.is_dir():
-        return load_tokenizer(beside)
-    raise DataError(f"no tokenizer is known for {train}; give data.tokenizer=byte or the path of its tokenizer.json")
+    for corpus in corpora:
+        if corpus.info and corpus.info.tokenizer.get("type") == "byte":
+            return load_tokenizer("byte")
+        beside = Path(f"{corpus.prefix}.tokenizer")
+        if beside.is_dir():
+            return load_tokenizer(beside)
+    raise DataError(f"no tokenizer is known for {corpora[0].prefix}; give data.tokenizer=byte or the path of its file")

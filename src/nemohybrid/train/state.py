@@ -1,5 +1,6 @@
 """What a run is made of, as checkpoints hold it: logical tensors, and a few numbers."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,33 @@ def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
 
 
-def _flatten(values: dict[str, Any], prefix: str = ""):
+def changed_settings(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the fixed settings of a checkpoint and those of this run: `key: then -> now`, a line each.
+
+    A key of `data` that the checkpoint lacks was not recorded yet when it was written, and may be anything now.
+    """
+    unknown = {key for key in now.keys() - then.keys() if key.startswith("data.")}
+    return [line for key in sorted({*then, *now} - unknown) for line in _changes(key, then.get(key), now.get(key))]
+
+
+def _changes(key: str, then: Any, now: Any) -> Iterator[str]:
+    """The innermost differences of two JSON values: `data.corpora[1].tokens: 200 -> 300`."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*then, *now]):
+            yield from _changes(f"{key}.{name}", then.get(name), now.get(name))
+    elif isinstance(then, list) and isinstance(now, list) and _is_table(then + now):
+        for row in range(max(len(then), len(now))):
+            yield from _changes(f"{key}[{row}]", *(rows[row] if row < len(rows) else None for rows in (then, now)))
+    elif then != now:
+        yield f"{key}: {then} -> {now}"
+
+
+def _is_table(rows: list[Any]) -> bool:
+    """Whether differences are told row by row; a list of numbers is one value."""
+    return all(isinstance(row, dict) for row in rows)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")

@@ -1,7 +1,9 @@
 """Rules about what must be there: corpora, libraries, checkpoints."""
 
 import importlib.util
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from nemohybrid.config.derive import BYTE_VOCABULARY, tokenizer_vocabulary
@@ -15,27 +17,51 @@ def training_data_exists(now: Situation) -> Violation | None:
     data = now.config.data
     if data.bundled:
         return Violation("data.train", "give either data.bundled or data.train, not both") if data.train else None
-    if data.train is None:
+    if not data.corpora:
         return Violation(
             "data.train", "no training data. Prepare some with `nemohybrid data prepare`, or take data=shakespeare"
         )
-    return _corpus_problem("data.train", data.train)
+    return _corpora_problem("data.train", list(data.corpora))
 
 
 @rule(RUN_RULES)
 def validation_data_exists(now: Situation) -> Violation | None:
-    """The same for the validation corpus, where one is named."""
-    valid = now.config.data.valid
-    return _corpus_problem("data.valid", valid) if valid else None
+    """The same for the validation corpora, where some are named."""
+    return _corpora_problem("data.valid", list(now.config.data.valid_sets.values()))
 
 
-def _corpus_problem(key: str, prefix: str) -> Violation | None:
-    missing = [prefix + end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
-    if not missing:
+def _corpora_problem(key: str, prefixes: list[str]) -> Violation | None:
+    """All files that are absent, and corpora named twice under two spellings of their path."""
+    missing = [prefix + end for prefix in prefixes for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
+    places: dict[Path, list[str]] = {}
+    for prefix in prefixes:
+        places.setdefault(Path(prefix).resolve(), []).append(prefix)
+    faults = [f"{' and '.join(missing)} not found"] if missing else []
+    faults += [f"{' and '.join(same)} are the same corpus" for same in places.values() if len(same) > 1]
+    there = _corpora_in({Path(name).parent for name in missing})
+    return (
+        Violation(f"{key}={', '.join(prefixes)}", "; ".join(faults), {key: there} if there else {}) if faults else None
+    )
+
+
+def _corpora_in(folders: Iterable[Path]) -> list[str]:
+    return sorted(str(file.with_suffix("")) for folder in folders if folder.is_dir() for file in folder.glob("*.idx"))
+
+
+@rule(RUN_RULES)
+def split_is_possible(now: Situation) -> Violation | None:
+    """Up to three shares of what is trained on, instead of validation corpora."""
+    data, where = now.config.data, f"data.split=[{', '.join(f'{share:g}' for share in now.config.data.split)}]"
+    if not data.split:
         return None
-    folder = Path(prefix).parent
-    there = sorted(str(p.with_suffix("")) for p in folder.glob("*.idx")) if folder.is_dir() else []
-    return Violation(f"{key}={prefix}", f"{' and '.join(missing)} not found", {key: there} if there else {})
+    legal = {"data.split": "one to three numbers for train, valid, test: the first above 0, none below, e.g. [98,1,1]"}
+    if len(data.split) > 3 or not all(0 <= share < math.inf for share in data.split) or data.split[0] == 0:
+        return Violation(where, "is no split", legal)
+    if data.bundled:
+        return Violation(where, "the bundled text has its own held-out play", {"data.split": "[]"})
+    if data.valid:
+        return Violation(where, "give either data.split or data.valid, not both", {"data.valid": "null"})
+    return None
 
 
 @rule(RUN_RULES)
@@ -58,7 +84,9 @@ def tokenizer_is_known(now: Situation) -> Violation | None:
     if spec == "byte" or Path(spec).exists():
         return None
     return Violation(
-        f"data.tokenizer={spec}", "no such file", {"data.tokenizer": "byte, bpe:SIZE, or a tokenizer.json"}
+        f"data.tokenizer={spec}",
+        "no such file",
+        {"data.tokenizer": "byte, bpe:SIZE, a tokenizer.json, or a tokenizer.model"},
     )
 
 
@@ -82,11 +110,11 @@ def run_has_a_folder(now: Situation) -> Violation | None:
 def evaluation_needs_data(now: Situation) -> Violation | None:
     """Asking for evaluation without validation data would never evaluate."""
     config = now.config
-    if config.train.evaluate_every and not (config.data.valid or config.data.bundled):
+    if config.train.evaluate_every and not config.data.has_validation:
         return Violation(
             "train.evaluate_every",
             "there is no validation data",
-            {"data.valid": "a corpus prefix", "train.evaluate_every": "0"},
+            {"data.valid": "a corpus prefix", "data.split": "[98,2]", "train.evaluate_every": "0"},
         )
     return None
 
