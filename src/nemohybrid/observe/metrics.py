@@ -52,8 +52,16 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def scalars(record: "DataclassInstance") -> dict[str, float]:
-    """The numbers of a step or an evaluation, flat, for trackers."""
+def flat(record: "DataclassInstance") -> dict[str, Any]:
+    """A step or an evaluation as one level of names: `val_loss/web` is the `val_loss` of the set `web`."""
     values: dict[str, Any] = asdict(record)
     values |= values.pop("metrics", {})
-    return {name: float(value) for name, value in values.items() if isinstance(value, int | float) and name != "step"}
+    for name, score in values.pop("sets", {}).items():
+        values |= {f"{key}/{name}": value for key, value in score.items()}
+    return values
+
+
+def scalars(record: "DataclassInstance") -> dict[str, float]:
+    """The numbers of a step or an evaluation, for trackers."""
+    numbers = {name: value for name, value in flat(record).items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if name != "step"}

@@ -1,9 +1,8 @@
 """`metrics.jsonl`, the source of truth about a run."""
 
-from dataclasses import asdict
 from pathlib import Path
 
-from nemohybrid.observe.metrics import MetricsWriter
+from nemohybrid.observe.metrics import MetricsWriter, flat
 from nemohybrid.train.callbacks.base import Callback
 from nemohybrid.train.evaluation import Evaluation
 from nemohybrid.train.step import StepResult
@@ -19,12 +18,11 @@ class MetricsFile(Callback):
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Everything known of the step."""
-        known = {name: value for name, value in asdict(result).items() if name not in ("metrics", "seconds")}
-        self.writer.write({**known, **result.metrics})
+        self.writer.write(flat(result))
 
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
-        """step, val_loss, val_bits_per_byte."""
-        self.writer.write(asdict(evaluation))
+        """step, val_loss, val_bits_per_byte, and val_loss/NAME, val_bits_per_byte/NAME of each set with a name."""
+        self.writer.write(flat(evaluation))
 
     def on_close(self) -> None:
         """Nothing is buffered, so nothing can be lost; just close."""

@@ -44,10 +44,8 @@ class Progress(Callback):
             )
 
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
-        """One line."""
-        self._say(
-            f"step {evaluation.step}: validation loss {evaluation.val_loss:.4f}, {evaluation.val_bits_per_byte:.4f} bits per byte"
-        )
+        """One line, and one more for each set with a name."""
+        self._say("\n".join([f"step {evaluation.step}: {evaluation.lines[0]}", *evaluation.lines[1:]]))
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """One line."""
