@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from nemohybrid.errors import NemohybridError, did_you_mean
+from nemohybrid.errors import INTERRUPTED, NemohybridError, Stopped, did_you_mean
 from nemohybrid_kernels.errors import BackendError
 
 COMMANDS = {
@@ -15,7 +15,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Dispatch to `nemohybrid.cli.<command>`; returns the exit status: 0 done, 1 an error of the user's to mend, 2 usage."""
+    """Dispatch to `nemohybrid.cli.<command>`; returns the exit status.
+
+    0 done, 1 an error of the user's to mend, 2 usage, 75 stopped by a signal and to be started again, 130 Ctrl-C.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -30,11 +33,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"nemohybrid {command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a folder that cannot be written, a disk that is full
-        print(f"nemohybrid {command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"nemohybrid {command}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"\nnemohybrid {command}: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the newest checkpoint, where there is one", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _help() -> str:

@@ -6,6 +6,19 @@
 import difflib
 from collections.abc import Iterable
 
+REQUEUE = 75
+"""Exit status of a run that a signal stopped and that should be started again (EX_TEMPFAIL of sysexits.h)."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to end. Not an error: what handles a Ctrl-C handles this too."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
 
 class NemohybridError(Exception):
     """Base of every error that is the user's to mend; the command line prints it without a traceback."""

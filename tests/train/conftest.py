@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from forked import fork, run_world, wait
 
+from nemohybrid.__main__ import main
 from nemohybrid.config.compose import load_config
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.data.bundled import plays
@@ -44,14 +45,22 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def configure(corpus, tmp_path) -> Callable[..., RunConfig]:
-    """`configure("train.steps=3")`: a tiny checked run in <tmp_path>/run; what is given last counts."""
+def tiny_run(corpus, tmp_path) -> list[str]:
+    """Overrides of a tiny run in <tmp_path>/run."""
+    data = [f"data.train={corpus}/train", f"data.valid={corpus}/valid", f"data.cache={corpus}/cache"]
+    return [*TINY, *data, f"run.dir={tmp_path}/run"]
 
-    def compose(*overrides: str, world_size: int = 1) -> RunConfig:
-        data = [f"data.train={corpus}/train", f"data.valid={corpus}/valid", f"data.cache={corpus}/cache"]
-        return load_config([*TINY, *data, f"run.dir={tmp_path}/run", *overrides], world_size)
 
-    return compose
+@pytest.fixture
+def configure(tiny_run) -> Callable[..., RunConfig]:
+    """`configure("train.steps=3")`: a tiny checked run; what is given last counts."""
+    return lambda *overrides, world_size=1: load_config([*tiny_run, *overrides], world_size)
+
+
+@pytest.fixture
+def command(tiny_run) -> Callable[..., int]:
+    """`command("train.steps=3") -> exit status` of `nemohybrid train` in this process."""
+    return lambda *overrides: main(["train", *tiny_run, *overrides])
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 """TensorBoard and Weights & Biases, the latter played by a stand-in: no account, no network."""
 
 import os
+import signal
 import sys
 import types
 from importlib.machinery import ModuleSpec
 
 import pytest
 
+from nemohybrid.errors import REQUEUE
 from nemohybrid.train.callbacks.wandb import mode
+from nemohybrid.train.trainer import Trainer
 
 SECRETS = {"WANDB_API_KEY": "canary-wandb-key", "HF_TOKEN": "canary-hf-token", "AWS_SECRET_ACCESS_KEY": "canary-aws"}
 
@@ -73,6 +76,14 @@ def test_wandb_is_finished_when_the_run_fails(start, wandb_runs, monkeypatch):
     monkeypatch.setattr("nemohybrid.train.trainer.compute_gradients", fails)
     with pytest.raises(KeyboardInterrupt):
         start("logging.wandb=true")
+    assert wandb_runs[0].finished
+
+
+def test_wandb_is_finished_when_a_signal_stops_the_run(command, wandb_runs, monkeypatch):
+    real = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: os.kill(os.getpid(), signal.SIGTERM) or real(self))
+    assert command("logging.wandb=true") == REQUEUE
+    assert [values["train_step"] for values in wandb_runs[0].logged] == [1]
     assert wandb_runs[0].finished
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from nemohybrid.errors import CheckpointError
+from nemohybrid.errors import CheckpointError, NemohybridError
 
 T = TypeVar("T")
 
@@ -59,4 +59,4 @@ class World:
 
 def describe(error: Exception) -> str:
     """An error in one line; our own messages speak for themselves."""
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, NemohybridError) else f"{type(error).__name__}: {error}"

@@ -35,8 +35,7 @@ def main(argv: list[str]) -> int:
         return sweep(argv)
     if any(word.split("=")[0] in HYDRA_FLAGS for word in argv):
         return show(argv)
-    train(load_config(argv, world_size))
-    return 0
+    return train(load_config(argv, world_size))
 
 
 def _world_size() -> int:
@@ -68,10 +67,12 @@ def _sweep_job(cfg: Any) -> None:
     cfg.run.dir = str(Path(cfg.run.dir) / str(info.job.num))
     print(f"sweep job {info.job.num}: {' '.join(info.overrides.task)} -> {cfg.run.dir}", flush=True)
     try:
-        train(finish(cfg, 1))
+        status = train(finish(cfg, 1))
     except NemohybridError as error:  # Hydra would print a traceback
         print(f"sweep job {info.job.num}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    if status:  # stopped by a signal, and the jobs after it too
+        raise SystemExit(status)
 
 
 def _overrides(argv: list[str]) -> list[str]:
@@ -101,11 +102,15 @@ def _hydra_main(job: Callable[[Any], None], argv: list[str]) -> None:
         sys.argv = saved
 
 
-def train(config: RunConfig) -> None:
-    """Run a checked configuration in this process, one of the ranks of the job."""
-    from nemohybrid.parallel import context as world
-    from nemohybrid.train.run import run
+def train(config: RunConfig) -> int:
+    """Run a checked configuration in this process, one of the ranks of the job; returns the exit status."""
+    from nemohybrid.train.signals import StopSignals, exit_status
 
-    parallel = world.start(config.run.device, config.cluster.backend, config.cluster.timeout_minutes)
-    run(config, parallel)
-    world.stop()
+    with StopSignals() as signals:  # before the imports that take seconds
+        from nemohybrid.parallel import context as world
+        from nemohybrid.train.run import run
+
+        parallel = world.start(config.run.device, config.cluster.backend, config.cluster.timeout_minutes)
+        trainer = run(config, parallel, signals)
+        world.stop()
+    return exit_status(trainer.stopped_by)

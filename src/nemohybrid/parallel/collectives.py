@@ -14,6 +14,15 @@ def sum_over(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
+def largest(value: int, context: ParallelContext) -> int:
+    """The largest `value` of all ranks; on a world of one it does not touch the device."""
+    if context.data.handle is None:
+        return value
+    tensor = torch.tensor(value, device=context.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=context.data.handle)
+    return int(tensor.item())
+
+
 def gather_bytes(payload: bytes, group: Group, device: torch.device) -> list[bytes]:
     """The equally long `payload` of every rank, in rank order."""
     if group.handle is None:

@@ -65,7 +65,8 @@ def start(device: str = "auto", backend: str = "auto", timeout_minutes: float = 
     if world_size == 1:
         return ParallelContext(chosen)
     backend = ("nccl" if chosen.type == "cuda" else "gloo") if backend == "auto" else backend
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout, device_id=chosen if chosen.type == "cuda" else None)
     everyone = Group(world_size, rank, dist.group.WORLD)
     return ParallelContext(chosen, rank, world_size, data=everyone)
 

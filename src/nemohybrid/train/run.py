@@ -4,35 +4,52 @@ from pathlib import Path
 
 import torch
 
+from nemohybrid.checkpoint.world import World
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml
 from nemohybrid.errors import ConfigError
 from nemohybrid.observe.accounting import total_cost
 from nemohybrid.parallel.collectives import gather_bytes
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.plan.memory import check_fits
 from nemohybrid.symbols import parse_pattern
+from nemohybrid.train.allocator import keep_freed_memory
 from nemohybrid.train.callbacks import standard
+from nemohybrid.train.lock import only_job_in
+from nemohybrid.train.plain_words import in_plain_words
+from nemohybrid.train.signals import StopSignals, name_of
 from nemohybrid.train.trainer import Trainer, use_threads
 
 
-def run(config: RunConfig, context: ParallelContext) -> Trainer:
-    """Train to the end of `config`, or to `train.stop_at`. Only rank 0 writes and prints."""
-    check_agreement(config, context)
-    use_threads(config.train.threads)
-    torch.manual_seed(config.run.seed + context.rank)
-    folder = Path(config.run.dir)
-    say = print if context.is_main else _silent
-    if context.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    say(_introduction(config, context), flush=True)
-    trainer = Trainer(config, context, standard(config, context.is_main))
-    for note in trainer.resume():
-        say(note, flush=True)
-    if context.is_main:  # only now: a refused resume must not change what the folder says about itself
-        (folder / "config.yaml").write_text(config_yaml(config))
-    trainer.fit()
-    say(_conclusion(trainer, folder), flush=True)
+def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None = None) -> Trainer:
+    """Train to the end of `config`, to `train.stop_at`, or until one of `signals`. Only rank 0 writes and prints.
+
+    Raises TrainingError for a run folder in use, too little memory, a rank that died, numbers that are not finite;
+    CheckpointError for a run that cannot be resumed or saved; DataError for its data.
+    """
+    with in_plain_words(config, context):
+        check_agreement(config, context)
+        use_threads(config.train.threads)
+        keep_freed_memory()
+        torch.manual_seed(config.run.seed + context.rank)
+        folder = Path(config.run.dir)
+        with only_job_in(folder) as notes:
+            warnings = World().together(lambda: check_fits(config, context))
+            _say(context, *notes, _introduction(config, context), *warnings)
+            trainer = Trainer(config, context, standard(config, context.is_main))
+            _say(context, *_describe_data(trainer), *trainer.resume())
+            if not trainer.is_complete:
+                _train(trainer, folder, signals)
     return trainer
+
+
+def _train(trainer: Trainer, folder: Path, signals: StopSignals | None) -> None:
+    context = trainer.context
+    if context.is_main:  # only now: a refused resume must not change what the folder says about itself
+        (folder / "config.yaml").write_text(config_yaml(trainer.config))
+        _say(context, *trainer.checkpoints.space_warnings(trainer.model))
+    trainer.fit(signals)
+    _say(context, _stopped(trainer) if trainer.stopped_by else _conclusion(trainer, folder))
 
 
 def check_agreement(config: RunConfig, context: ParallelContext) -> None:
@@ -46,8 +63,22 @@ def check_agreement(config: RunConfig, context: ParallelContext) -> None:
         )
 
 
-def _silent(*_: object, **__: object) -> None:
-    """What ranks other than 0 say."""
+def _say(context: ParallelContext, *lines: str) -> None:
+    """Rank 0 speaks for all."""
+    for line in lines if context.is_main else ():
+        print(line, flush=True)
+
+
+def _describe_data(trainer: Trainer) -> list[str]:
+    """What the whole run is made of, however far it goes today."""
+    return trainer.data.describe(trainer.plan.samples_before(trainer.config.train.steps + 1))
+
+
+def _stopped(trainer: Trainer) -> str:
+    return (
+        f"stopped by {name_of(trainer.stopped_by)} at step {trainer.step} of {trainer.config.train.steps}, "
+        f"saved {trainer.save()}; the same command goes on from there"
+    )
 
 
 def _introduction(config: RunConfig, context: ParallelContext) -> str:
@@ -66,6 +97,7 @@ def _conclusion(trainer: Trainer, folder: Path) -> str:
     lines = [f"done: step {trainer.step} of {trainer.config.train.steps}"]
     if evaluation:
         lines.append(f"held-out text: {evaluation.val_bits_per_byte:.3f} bits per byte (step {evaluation.step})")
+        lines += [f"  {name}: {score.val_bits_per_byte:.3f} bits per byte" for name, score in evaluation.sets.items()]
     known = {
         "checkpoints": folder / "checkpoints",
         "metrics": folder / "metrics.jsonl",

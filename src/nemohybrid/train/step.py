@@ -1,15 +1,13 @@
 """One optimizer step: microbatches, gradient sum over ranks, clipping, update."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from nemohybrid.errors import TrainingError
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.parallel.context import ParallelContext
-from nemohybrid.parallel.gradients import clip_gradients, gradient_norm, sum_gradients
+from nemohybrid.parallel.gradients import clip_gradients, sum_gradients
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.loss import summed_loss
 
@@ -40,25 +38,9 @@ def compute_gradients(model: HybridModel, batch: Batch, microbatch: int, context
     return sum_over(total, context.data)
 
 
-def update(model: HybridModel, optimizer: torch.optim.Optimizer, clip: float | None, step: int) -> float:
-    """Clip, apply and clear the gradients; returns their norm before clipping.
-
-    Raises TrainingError, with weights and optimizer untouched, when the norm is not finite: a NaN must reach neither
-    the weights nor a checkpoint.
-    """
-    parameters = list(model.parameters())
-    norm = gradient_norm(parameters)
-    value = norm.item()
-    if not torch.isfinite(norm):
-        raise TrainingError(f"step {step}: the gradient norm is {value}; first non-finite: {_first_bad(model)}")
+def update(model: HybridModel, optimizer: torch.optim.Optimizer, clip: float | None, norm: torch.Tensor) -> None:
+    """Clip the gradients, whose norm is known to be `norm`, apply and clear them."""
     if clip is not None:
-        clip_gradients(parameters, norm, clip)
+        clip_gradients(model.parameters(), norm, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return value
-
-
-def _first_bad(model: HybridModel) -> str:
-    """Name of the first parameter whose gradient is not finite."""
-    gradients: Iterable = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    return next((name for name, grad in gradients if not torch.isfinite(grad).all()), "only their sum of squares")
