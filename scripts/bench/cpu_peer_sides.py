@@ -74,8 +74,10 @@ class Ours:
 
     def __init__(self, folder: str, overrides: Sequence[str] = ()) -> None:
         from nemohybrid.parallel.context import ParallelContext
+        from nemohybrid.train.allocator import keep_freed_memory
         from nemohybrid.train.trainer import Trainer
 
+        keep_freed_memory()  # as every run does
         self.trainer = Trainer(our_config(folder, overrides), ParallelContext.single(), [])
         self.model = self.trainer.model
 
