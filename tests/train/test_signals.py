@@ -5,11 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemohybrid.errors import REQUEUE
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.checkpointing import Checkpointer
+from nemohybrid.train.loss import summed_loss
 from nemohybrid.train.run import run
 from nemohybrid.train.signals import SIGNALS, StopSignals
 from nemohybrid.train.trainer import Trainer
@@ -82,9 +84,26 @@ def test_several_signals_are_one_and_a_step_is_saved_once(command, tmp_path, mon
     assert [r["step"] for r in records if "val_loss" in r] == [3], "the evaluation of the step is not lost"
 
 
-@pytest.mark.parametrize("owner, method", [(Trainer, "evaluate"), (Checkpointer, "save")])
-def test_a_signal_while_scoring_or_saving_is_heard_in_the_next_step(command, tmp_path, monkeypatch, owner, method):
-    during(monkeypatch, owner, method, 2, signal.SIGTERM)
+def test_a_signal_while_scoring_saves_at_once_and_the_score_is_not_lost(command, tmp_path, monkeypatch):
+    """Scoring may take longer than a scheduler waits."""
+    seen = []
+
+    def loss(*arguments):
+        scoring = not torch.is_grad_enabled()
+        if scoring:
+            seen.append(saved(tmp_path / "run") if (tmp_path / "run" / "checkpoints").exists() else [])
+            os.kill(os.getpid(), signal.SIGTERM)
+        return summed_loss(*arguments)
+
+    monkeypatch.setattr("nemohybrid.train.evaluation.summed_loss", loss)
+    assert command("train.steps=9", "train.evaluate_every=2") == REQUEUE
+    assert seen[:2] == [[], ["step_00000002"]], "saved between the first batch and the second"
+    assert saved(tmp_path / "run") == ["step_00000002"]
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in r] == [2]
+
+
+def test_a_signal_while_saving_is_heard_in_the_next_step(command, tmp_path, monkeypatch):
+    during(monkeypatch, Checkpointer, "save", 2, signal.SIGTERM)
     assert command("train.steps=9", "checkpoint.every=2", "train.evaluate_every=2") == REQUEUE
     assert saved(tmp_path / "run") == ["step_00000002", "step_00000003"]
 

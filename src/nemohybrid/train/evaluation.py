@@ -1,6 +1,7 @@
 """Held-out loss, over the whole of every validation corpus."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,14 +40,24 @@ class Evaluation:
         return [f"validation {whole}", *(f"  {name:{width}}  {score}" for name, score in self.sets.items())]
 
 
+def _nothing() -> None:
+    """What happens between two batches unless told otherwise."""
+
+
 @torch.no_grad()
-def evaluate(model: HybridModel, data: RunData, batch_size: int, step: int) -> Evaluation:
-    """Score every validation token once, over all ranks; every rank returns the same numbers."""
+def evaluate(
+    model: HybridModel, data: RunData, batch_size: int, step: int, between: Callable[[], None] = _nothing
+) -> Evaluation:
+    """Score every validation token once, over all ranks; every rank returns the same numbers.
+
+    `between` is called after each batch, on all ranks equally often.
+    """
     totals = torch.zeros(len(data.valid), 3, dtype=torch.float64)  # nats, tokens, bytes
     for row, name in enumerate(data.valid):
         for batch, scored_bytes in data.validation_batches(name, batch_size):
             nats, tokens = summed_loss(model, batch).item(), batch.loss_mask.sum().item()
             totals[row] += torch.tensor([nats, tokens, scored_bytes], dtype=torch.float64)
+            between()
     totals = sum_over(totals.to(data.context.device), data.context.data).cpu()
     whole = _score(totals.sum(0))
     sets = {name: _score(row) for name, row in zip(data.valid, totals, strict=True) if name}

@@ -53,6 +53,7 @@ class Trainer:
         self.last_step = config.train.stop_at or config.train.steps
         self.last_evaluation: Evaluation | None = None
         self.last_saved: tuple[int, Path] | None = None
+        self.signals = StopSignals()
 
     @property
     def microbatch(self) -> int:
@@ -66,18 +67,23 @@ class Trainer:
 
     def fit(self, signals: StopSignals | None = None) -> None:
         """Train up to `last_step`, or to the step in which any rank got a signal. Callbacks are closed whatever happens."""
-        signals = signals or StopSignals()
+        self.signals = signals or self.signals
         with ExitStack() as closing:
             for callback in reversed(self.callbacks):
                 closing.push(partial(self._close, callback))
             self._tell("on_run_start", self)
-            with signals.deferred():
+            with self.signals.deferred():
                 while not (self.is_complete or self.stopped_by):
                     result = self.train_step()
-                    self.stopped_by = 0 if self.is_complete else largest(signals.received, self.context)
+                    self._listen()
                     self._tell("on_step_end", self, result)
             if not self.stopped_by:
                 self._tell("on_run_end", self)
+
+    def _listen(self) -> None:
+        """Agree over all ranks whether a signal came. One in the last step changes nothing: the run is at its end."""
+        if not (self.is_complete or self.stopped_by):
+            self.stopped_by = largest(self.signals.received, self.context)
 
     def _tell(self, moment: str, *facts: object) -> None:
         for callback in self.callbacks:
@@ -127,12 +133,17 @@ class Trainer:
         )
 
     def evaluate(self) -> Evaluation:
-        """Score the validation corpus and tell the callbacks."""
-        if self.stopped_by:
-            self.save()  # first: scoring may take longer than the time that is left
-        self.last_evaluation = evaluate(self.model, self.data, self.microbatch, self.step)
+        """Score the validation corpus and tell the callbacks. A step that ends the run, or a signal, is saved first."""
+        self._save_if_ending()
+        self.last_evaluation = evaluate(self.model, self.data, self.microbatch, self.step, self._save_if_ending)
         self._tell("on_evaluation", self, self.last_evaluation)
         return self.last_evaluation
+
+    def _save_if_ending(self) -> None:
+        """At once: scoring may take longer than the time that is left."""
+        self._listen()
+        if self.stopped_by or self.is_complete:
+            self.save()
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, once, and tell the callbacks."""
