@@ -7,7 +7,7 @@ from pathlib import Path
 import sentencepiece
 
 from nemohybrid.data.token_tables import PROBES, piece_bytes, prefix_in_front
-from nemohybrid.data.tokenizer import (
+from nemohybrid.data.tokenizer_base import (
     MODEL_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
