@@ -74,7 +74,7 @@ class Ours:
 
     def __init__(self, folder: str, overrides: Sequence[str] = ()) -> None:
         from nemohybrid.parallel.context import ParallelContext
-        from nemohybrid.train.allocator import keep_freed_memory
+        from nemohybrid.train.process import keep_freed_memory
         from nemohybrid.train.trainer import Trainer
 
         keep_freed_memory()  # as every run does

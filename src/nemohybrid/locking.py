@@ -30,6 +30,9 @@ class FolderLock:
         self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._is_in_place():  # whoever had it unlinked it between our open and our flock
+                self._close()
+                return self.take()
         except BlockingIOError:
             self._close()
             return self._holder()
@@ -54,6 +57,13 @@ class FolderLock:
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
+
+    def _is_in_place(self) -> bool:
+        assert self.descriptor is not None
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), self.file.stat())
+        except FileNotFoundError:
+            return False
 
     def _holder(self) -> str:
         try:

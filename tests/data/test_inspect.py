@@ -7,6 +7,7 @@ import pytest
 
 from nemohybrid.cli.data import main
 from nemohybrid.data._megatron import megatron
+from nemohybrid.data.inspect import printable
 from nemohybrid.data.prepare import prepare, write_corpus
 from nemohybrid.data.text import Document
 from nemohybrid.data.tokenizer import ByteTokenizer, train_bpe
@@ -53,6 +54,10 @@ def test_a_corpus_says_what_it_is(corpus, capsys):
     ):
         assert expected in out, f"{expected!r} is not in:\n{out}"
     assert "\x1b" not in out, "a document could command the terminal"
+
+
+def test_what_commands_a_terminal_is_spelled_out():
+    assert printable("a\tb\n\x1b[31m \x9b2J \u202e é\U0001f600") == "a\tb\n\\x1b[31m \\x9b2J \\x202e é\U0001f600"
 
 
 @pytest.mark.parametrize("number, index", [(0, 0), (3, 3), (-1, 3), (-4, 0)])

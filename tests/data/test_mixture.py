@@ -95,7 +95,7 @@ def test_whatever_changes_the_samples_changes_the_identity(three, tmp_path):
     assert mix(three[:2]).identity() != base
     assert mix([three[1], three[0], three[2]]).identity() != base, "the order of the corpora"
     assert mix(three, [2, 1, 1]).identity() != base
-    part = [Corpus(three[0], range(20)), *map(Corpus, three[1:])]
+    part = [Corpus(three[0]).part(range(20)), *map(Corpus, three[1:])]
     assert Mixture(part, [1, 1, 1], LENGTH, SEED, None).identity() != base, "a split"
     sizes = [file.stat().st_size for file in sorted(tmp_path.iterdir())]
     counting(three[1], 10_001)  # other ids, as many documents and tokens

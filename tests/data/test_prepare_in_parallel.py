@@ -25,6 +25,7 @@ from nemohybrid.data.units import cut_into_units
 from nemohybrid.data.workers import Job, Task, encode_all
 from nemohybrid.data.workspace import workspace
 from nemohybrid.errors import DataError
+from nemohybrid.locking import FolderLock
 
 BYTES = ByteTokenizer()
 SUFFIXES = ("bin", "idx", "json")
@@ -181,6 +182,45 @@ def test_a_second_command_on_the_same_output_is_refused(tmp_path):
     with workspace(tmp_path / "c"), pytest.raises(DataError, match=r"/c is being written by process \d+ on .*\. Wait"):
         prepare(inputs, tmp_path / "c", BYTES)
     prepare(inputs, tmp_path / "c", BYTES)
+
+
+def test_a_folder_that_is_not_its_own_is_not_emptied(tmp_path):
+    mine = tmp_path / "c.parts"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (tmp_path / "in.txt").write_text("text")
+    with pytest.raises(DataError, match="was not made by `data prepare`"):
+        prepare([tmp_path / "in.txt"], tmp_path / "c", ByteTokenizer())
+    (tmp_path / "d.parts").symlink_to(mine)
+    with pytest.raises(DataError, match="was not made by `data prepare`"):
+        prepare([tmp_path / "in.txt"], tmp_path / "d", ByteTokenizer())
+    assert (mine / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.bin", "c.tokenizer/in.txt"])
+def test_an_input_is_never_overwritten(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("text")
+    with pytest.raises(DataError, match="would be overwritten by the corpus"):
+        prepare([path], tmp_path / "c", ByteTokenizer())
+    assert path.read_text() == "text"
+
+
+def test_a_lock_that_was_deleted_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """The last owner sweeps its folder; who opened the lock just before must not hold a file that is gone."""
+    first, second = FolderLock(tmp_path / "p"), FolderLock(tmp_path / "p")
+    real = os.open
+
+    def swept_after_open(path, *rest):
+        descriptor = real(path, *rest)
+        monkeypatch.undo()
+        (tmp_path / "p" / "lock").unlink()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", swept_after_open)
+    assert first.take() == ""
+    assert "process" in second.take(), "a second owner beside the first"
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):

@@ -35,7 +35,7 @@ def test_the_parts_and_their_samples_are_those_of_megatrons_builder(shares, name
     for sequences, theirs in zip(ranges, megatrons(shares, prefix), strict=True):
         assert list(sequences) == ([] if theirs is None else theirs.indices.tolist())
     train = megatrons(shares, prefix)[0]
-    ours = Epoch(Corpus(prefix, ranges[0]), 32, seed=1234, cache_dir=None)
+    ours = Epoch(Corpus(prefix).part(ranges[0]), 32, seed=1234, cache_dir=None)
     assert len(ours) == len(train)
     for index in range(len(ours)):
         np.testing.assert_array_equal(ours[index][:-1], train[index]["tokens"].numpy(), err_msg=f"sample {index}")
@@ -76,7 +76,7 @@ def test_parts_of_the_same_size_share_a_cache_and_each_gets_its_own_samples(tmp_
         builder.add_document(np.arange(100 * document, 100 * document + 40), [40])
     builder.finalize(str(tmp_path / "c.idx"))
     for first in (0, 4):
-        epoch = Epoch(Corpus(tmp_path / "c", range(first, first + 4)), 16, seed=1, cache_dir=tmp_path / "cache")
+        epoch = Epoch(Corpus(tmp_path / "c").part(range(first, first + 4)), 16, seed=1, cache_dir=tmp_path / "cache")
         found = {int(token) // 100 for index in range(len(epoch)) for token in epoch[index]}
         assert found == set(range(first, first + 4)), "documents of another part"
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,15 @@ def test_an_empty_document_had_nothing_put_before_it(tmp_path):
     counts = ByteTokenizer().token_bytes()
     stream = ValidationStream(Corpus(tmp_path / "c"), 16, counts, eod=256, prefix_bytes=counts)
     assert stream.batch([0]).scored_bytes == 2 - 1
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 0}, {"text_bytes": "x"}, {"documents": -1}])
+def test_a_record_with_impossible_counts_is_refused(wrong, tmp_path):
+    write_corpus([Document("text", 1, 1)], tmp_path / "c", ByteTokenizer(), [])
+    record = json.loads((tmp_path / "c.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(record | wrong))
+    with pytest.raises(DataError, match=f"does not describe a corpus: {next(iter(wrong))} is"):
+        _ = Corpus(tmp_path / "c").info
 
 
 def test_an_id_below_zero_is_refused(tmp_path):

@@ -96,6 +96,16 @@ def test_what_may_not_fit_is_a_note_that_says_what_to_change(monkeypatch):
     assert memory.check_fits(config, ParallelContext.single()) == []
 
 
+def test_a_mixer_that_cannot_be_counted_does_not_stop_a_run(monkeypatch):
+    def unknown(*_):
+        raise NotImplementedError("no meta form")
+
+    monkeypatch.setattr(memory, "_activations", unknown)
+    estimate = memory.estimate(configured("model=tiny"), 1)
+    assert estimate.total == sum(estimate.fixed.values()) > 0
+    assert "activations not counted: NotImplementedError: no meta form" in estimate.table()
+
+
 def test_ranks_of_a_host_share_its_memory(monkeypatch):
     whole = memory.available_memory(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -15,6 +15,7 @@ from nemohybrid.observe.metrics import MetricsWriter, read_metrics
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.callbacks import Callback
 from nemohybrid.train.checkpointing import Checkpointer
+from nemohybrid.train.plain_words import lost_a_peer
 from nemohybrid.train.run import run
 from nemohybrid.train.trainer import Trainer
 
@@ -215,3 +216,17 @@ def test_a_world_of_one_has_no_peers_to_lose(start, monkeypatch):
     monkeypatch.setattr("nemohybrid.train.trainer.compute_gradients", fails)
     with pytest.raises(RuntimeError, match="shapes"):
         start()
+
+
+@pytest.mark.parametrize(
+    "text, lost",
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1", True),
+        ("NCCL error: remote process exited or there was a network error, NCCL version 2.28.9", True),
+        ("NCCL error: invalid usage, Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000", False),
+        ("ProcessGroupNCCL is only supported with GPUs, no GPUs found!", False),
+    ],
+)
+def test_a_set_up_that_never_worked_is_not_told_as_lost_peers(text, lost, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert lost_a_peer(RuntimeError(text)) == lost

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import nemohybrid.train.trainer as trainer_module
 from nemohybrid.errors import TrainingError
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext
@@ -121,3 +122,18 @@ def test_weights_that_overflow_in_the_update_are_not_saved_and_are_named_in_the_
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
     assert command("optim.lr=1e39") == 1
     assert "First bad tensor: weight embedding.weight, already before the step, on rank 0" in capfd.readouterr().err
+
+
+def test_what_only_one_rank_sees_stops_all_at_once(configure, run_ranks, monkeypatch):
+    """Sums are the same everywhere; a device that fails after them is not."""
+    config = configure(world_size=2)
+
+    def broken(context: ParallelContext) -> None:
+        real = trainer_module.gradient_norm
+        bad = torch.tensor(float("nan"))
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_module, "gradient_norm", lambda p: bad if context.rank == 1 else real(p))
+            run(config, context)
+
+    for rank, failure in enumerate(run_ranks(broken)):
+        assert "TrainingError: step 1: the loss is" in failure, f"rank {rank}: {failure}"

@@ -80,11 +80,14 @@ def test_several_signals_are_one_and_a_step_is_saved_once(command, tmp_path, mon
     during(monkeypatch, Trainer, "train_step", 2, *numbers)
     assert command("train.steps=9", "checkpoint.every=3", "train.evaluate_every=3") == REQUEUE
     assert saves == [3]
-    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [r["step"] for r in records if "val_loss" in r] == [3], "the evaluation of the step is not lost"
 
 
-def test_a_signal_while_scoring_saves_at_once_and_the_score_is_not_lost(command, tmp_path, monkeypatch):
+def scored(folder: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(folder / "metrics.jsonl") if "val_loss" in record]
+
+
+@pytest.mark.parametrize("steps", ["train.steps=4", "train.steps=2"], ids=["between", "at the end"])
+def test_a_signal_while_scoring_saves_at_once_and_the_score_is_made_up_for(command, tmp_path, monkeypatch, steps):
     """Scoring may take longer than a scheduler waits."""
     seen = []
 
@@ -95,11 +98,16 @@ def test_a_signal_while_scoring_saves_at_once_and_the_score_is_not_lost(command,
             os.kill(os.getpid(), signal.SIGTERM)
         return summed_loss(*arguments)
 
-    monkeypatch.setattr("nemohybrid.train.evaluation.summed_loss", loss)
-    assert command("train.steps=9", "train.evaluate_every=2") == REQUEUE
-    assert seen[:2] == [[], ["step_00000002"]], "saved between the first batch and the second"
-    assert saved(tmp_path / "run") == ["step_00000002"]
-    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in r] == [2]
+    overrides = [steps, "train.evaluate_every=2", "logging.picture=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr("nemohybrid.train.evaluation.summed_loss", loss)
+        assert command(*overrides) == REQUEUE
+    assert seen == [[]], "no second batch after the signal"
+    assert (saved(tmp_path / "run"), scored(tmp_path / "run")) == (["step_00000002"], [])
+    assert not (tmp_path / "run" / "loss.png").exists()
+    assert command(*overrides) == 0
+    assert scored(tmp_path / "run") == ([2, 4] if steps == "train.steps=4" else [2])
+    assert (tmp_path / "run" / "loss.png").is_file()
 
 
 def test_a_signal_while_saving_is_heard_in_the_next_step(command, tmp_path, monkeypatch):
@@ -108,14 +116,13 @@ def test_a_signal_while_saving_is_heard_in_the_next_step(command, tmp_path, monk
     assert saved(tmp_path / "run") == ["step_00000002", "step_00000003"]
 
 
-def test_a_stopping_run_saves_before_it_scores(command, tmp_path, monkeypatch):
-    """Scoring may take longer than a scheduler waits."""
-    during(monkeypatch, Trainer, "train_step", 2, signal.SIGTERM)
-    seen = []
-    monkeypatch.setattr("nemohybrid.train.trainer.evaluate", lambda *_: seen.extend(saved(tmp_path / "run")) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        command("train.steps=9", "train.evaluate_every=3")
-    assert seen == ["step_00000003"]
+def test_a_stopping_run_does_not_score(command, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        during(patch, Trainer, "train_step", 2, signal.SIGTERM)
+        assert command("train.steps=4", "train.evaluate_every=3") == REQUEUE
+    assert (saved(tmp_path / "run"), scored(tmp_path / "run")) == (["step_00000003"], [])
+    assert command("train.steps=4", "train.evaluate_every=3") == 0
+    assert scored(tmp_path / "run") == [3, 4]
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(command, tmp_path, monkeypatch):

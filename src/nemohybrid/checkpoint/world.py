@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from nemohybrid import errors
 from nemohybrid.errors import CheckpointError, NemohybridError
 
 T = TypeVar("T")
@@ -26,7 +27,8 @@ class World:
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; everyone gets its own result.
 
-        Where it raises on any rank, every rank raises a CheckpointError that names the first such rank.
+        Where it raises on any rank, every rank raises an error that names the first such rank: of the same class where it
+        is one of ours, else a CheckpointError.
         """
         if not self.distributed:
             return action()
@@ -34,10 +36,10 @@ class World:
             result, failure = action(), None
         except Exception as error:
             result, failure = None, error
-        texts = self.exchange(None if failure is None else describe(failure))
-        for rank, text in enumerate(texts):
-            if text is not None:
-                raise CheckpointError(f"rank {rank}: {text}") from failure
+        failures = self.exchange(None if failure is None else (type(failure).__name__, describe(failure)))
+        for rank, told in enumerate(failures):
+            if told is not None:
+                raise class_of(told[0])(f"rank {rank}: {told[1]}") from failure
         return cast(T, result)
 
     def gather(self, action: Callable[[], T]) -> list[T]:
@@ -55,6 +57,12 @@ class World:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item, group=self.group)
         return items
+
+
+def class_of(name: str) -> type[NemohybridError]:
+    """One of our errors by its name."""
+    found = getattr(errors, name, None)
+    return found if isinstance(found, type) and issubclass(found, NemohybridError) else CheckpointError
 
 
 def describe(error: Exception) -> str:

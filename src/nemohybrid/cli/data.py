@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from nemohybrid.data.corpus import Corpus
-from nemohybrid.data.inspect import describe, show_document, tokenizer_of_corpus
+from nemohybrid.data.inspect import describe, printable, show_document, tokenizer_of_corpus
 from nemohybrid.data.prepare import Prepared, PrepareOptions, prepare
 from nemohybrid.data.readers import Reading
 from nemohybrid.data.trained import TRAIN_BYTES
@@ -142,7 +142,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.document is None:
         print(describe(corpus, tokenizer))
     for number in args.document or ():
-        print(show_document(corpus, number, tokenizer))
+        shown = show_document(corpus, number, tokenizer)
+        print(printable(shown) if sys.stdout.isatty() else shown)  # a file gets the text as it is
     return 0
 
 

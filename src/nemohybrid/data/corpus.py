@@ -4,6 +4,7 @@
 marks, then int32 lengths, int64 byte offsets, int64 document marks. `.bin` holds the token ids and nothing else.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -28,15 +29,22 @@ TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # token type code -> bytes o
 class Corpus:
     """Token ids of a `.bin/.idx` pair, or of a part of its sequences. Every array it returns is a copy and outlives it.
 
-    prefix: the path without `.bin` or `.idx`. sequences: the entries of the index that count, next to each other; all
-    by default. Raises DataError when a file is missing or the two do not fit.
+    prefix: the path without `.bin` or `.idx`. Raises DataError when a file is missing or the two do not fit.
     """
 
-    def __init__(self, prefix: str | Path, sequences: range | None = None):
+    def __init__(self, prefix: str | Path):
         check_files(prefix)
         self.prefix = str(prefix)
         self.dataset = megatron("indexed_dataset").IndexedDataset(self.prefix)
-        self.sequences = range(len(self.dataset)) if sequences is None else sequences
+        self.sequences = range(len(self.dataset))  # the entries of the index that count
+
+    def part(self, sequences: range) -> "Corpus":
+        """Some neighbouring entries of the index as a corpus of their own; the open files are shared."""
+        part = copy.copy(self)
+        for cached in ("num_tokens", "starts"):
+            part.__dict__.pop(cached, None)
+        part.sequences = sequences
+        return part
 
     @functools.cached_property
     def num_tokens(self) -> int:

@@ -7,6 +7,7 @@ memory and we keep the arrays: typed, checked, written atomically, under a name 
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -83,6 +84,8 @@ class IndexCache:
         try:
             documents, starts, order = (self._open(name) for name in INDEX_NAMES)
         except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             logger.warning("building the samples again, their cache is damaged: %s", error)
             return None
         return documents, starts, order
@@ -151,11 +154,13 @@ def _gpt_dataset_class() -> type:
         def _build_document_sample_shuffle_indices(self) -> Indices:
             if self.cache is None:
                 return super()._build_document_sample_shuffle_indices()
+            if (found := self.cache.load()) is not None:
+                return found
             with self.cache.lock():
-                indices = self.cache.load()
-                if indices is None:
-                    indices = super()._build_document_sample_shuffle_indices()
-                    self.cache.save(indices)
+                if (found := self.cache.load()) is not None:
+                    return found
+                indices = super()._build_document_sample_shuffle_indices()
+                self.cache.save(indices)
             return indices
 
     return CachedGPTDataset

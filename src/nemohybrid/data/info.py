@@ -45,6 +45,12 @@ class CorpusInfo:
                 f"{path} has format_version {version}; this version reads {FORMAT_VERSION}. Prepare the corpus again"
             )
         try:
-            return cls(**content)
+            info = cls(**content)
         except TypeError as error:
             raise DataError(f"{path} does not describe a corpus: {error}") from None
+        counts = {name: value for name, value in content.items() if name not in ("tokenizer", "sources")}
+        if wrong := [name for name, value in counts.items() if type(value) is not int or value < 0] or (
+            [] if info.tokens else ["tokens"]
+        ):
+            raise DataError(f"{path} does not describe a corpus: {wrong[0]} is {counts[wrong[0]]!r}")
+        return info

@@ -80,7 +80,7 @@ def _record(info: CorpusInfo | None) -> Iterator[str]:
         yield f"  unknown: {info.unknown_tokens:,} tokens stand for text that the tokenizer cannot spell"
     yield f"  tokenizer: {json.dumps(info.tokenizer)}"
     for source in info.sources:
-        yield f"  source: {source['name']}, {source['bytes']:,} bytes"
+        yield f"  source: {printable(str(source['name']))}, {source['bytes']:,} bytes"
 
 
 def _beginnings(corpus: Corpus, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -88,9 +88,13 @@ def _beginnings(corpus: Corpus, tokenizer: Tokenizer | None) -> Iterator[str]:
         yield "  ids of the first documents (no tokenizer was given or lies beside the corpus):"
     for index in range(min(FIRST_DOCUMENTS, corpus.num_documents)):
         shown = _shown(corpus.tokens(index)[:FIRST_TOKENS], index, tokenizer)
-        # quoted: a document may hold what a terminal takes for a command
-        beginning = json.dumps(shown[:FIRST_CHARACTERS], ensure_ascii=False) if tokenizer else shown[:FIRST_CHARACTERS]
-        yield f"  document {index} begins: {beginning}"
+        beginning = printable(shown[:FIRST_CHARACTERS])
+        yield f"  document {index} begins: {json.dumps(beginning, ensure_ascii=False) if tokenizer else beginning}"
+
+
+def printable(text: str) -> str:
+    """What could command a terminal (escapes, changes of direction) is spelled out; line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def _shown(ids: NDArray[np.int64], index: int, tokenizer: Tokenizer | None) -> str:

@@ -77,6 +77,7 @@ def prepare(
     in `<prefix>.tokenizer`. What is done stays in `<prefix>.parts` until the corpus is whole, so that the same call
     goes on after any interruption. Raises DataError with file and line for what cannot be read.
     """
+    _refuse_own_outputs(inputs, prefix)
     units = [unit for path in inputs for unit in cut_into_units(path, options.reading.text_field, options.unit_bytes)]
     with _disk_full_explained(prefix), workspace(prefix) as folder:
         chosen = _tokenizer(tokenizer, units, folder, options)
@@ -107,6 +108,15 @@ def write_corpus(
         except StoppedAt as error:
             raise DataError(f"document {error.place}: {error.reason}") from None
         return _finish([(stem, part)], Path(folder) / JOINED, target, tokenizer, sources)
+
+
+def _refuse_own_outputs(inputs: Sequence[Path], prefix: str | Path) -> None:
+    """Raises DataError for an input that the corpus would replace, or that lies where its parts are swept away."""
+    written = {Path(f"{prefix}{suffix}").resolve() for suffix in CORPUS_SUFFIXES}
+    swept = {Path(f"{prefix}{suffix}").resolve() for suffix in (".parts", ".tokenizer")}
+    for path in inputs:
+        if path.resolve() in written or swept & set(path.resolve().parents):
+            raise DataError(f"{path} would be overwritten by the corpus {prefix}. Choose another --output")
 
 
 def _tokenizer(tokenizer: str | Tokenizer, units: list[Unit], folder: Path, options: PrepareOptions) -> Tokenizer:

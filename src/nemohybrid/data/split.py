@@ -33,12 +33,13 @@ def split_corpora(prefixes: Sequence[str], shares: Sequence[float]) -> tuple[lis
 
     Raises DataError for a corpus with too few documents to give each part that has a share at least one.
     """
-    cut = [(prefix, split_ranges(shares, Corpus(prefix).num_sequences)) for prefix in prefixes]
+    wholes = [Corpus(prefix) for prefix in prefixes]
+    cut = [(whole, split_ranges(shares, whole.num_sequences)) for whole in wholes]
     names = set_names(prefixes)
-    train = [_part(prefix, ranges[0], "training", shares) for prefix, ranges in cut]
+    train = [_part(whole, ranges[0], "training", shares) for whole, ranges in cut]
     if len(shares) < 2 or not shares[1]:
         return train, {}
-    valid = [_part(prefix, ranges[1], "validation", shares) for prefix, ranges in cut]
+    valid = [_part(whole, ranges[1], "validation", shares) for whole, ranges in cut]
     return train, dict(zip(names, valid, strict=True))
 
 
@@ -54,12 +55,12 @@ def set_names(prefixes: Sequence[str]) -> list[str]:
     return [f"corpus{number}" for number in range(len(prefixes))]
 
 
-def _part(prefix: str, sequences: range, purpose: str, shares: Sequence[float]) -> Corpus:
+def _part(whole: Corpus, sequences: range, purpose: str, shares: Sequence[float]) -> Corpus:
     if not sequences:
         listed = ", ".join(f"{share:g}" for share in shares)
-        documents = Corpus(prefix).num_sequences
         raise DataError(
-            f"data.split=[{listed}] leaves no document of {prefix} for {purpose}: it has {documents:,}. Give {purpose} "
+            f"data.split=[{listed}] leaves no document of {whole.prefix} for {purpose}: it has {whole.num_sequences:,}. "
+            f"Give {purpose} "
             f"a larger share, or name a validation corpus in data.valid instead"
         )
-    return Corpus(prefix, sequences)
+    return whole.part(sequences)

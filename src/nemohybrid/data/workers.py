@@ -127,7 +127,11 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
         self.pipe, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_work, args=(theirs, job), daemon=True)
-        self.process.start()
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: it imports undisturbed
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         theirs.close()  # or the end of the worker would not close the pipe
 
     def give(self, task: Task) -> None:
@@ -153,6 +157,7 @@ class _Worker:
 def _work(pipe: Connection, job: Job) -> None:
     """What a worker does, until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     tokenizer = load_tokenizer(job.tokenizer)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):

@@ -19,6 +19,7 @@ def workspace(prefix: str | Path) -> Iterator[Path]:
     Raises DataError while another process has it.
     """
     folder = Path(f"{prefix}.parts")
+    _refuse_folder_of_others(folder)
     lock = FolderLock(folder)
     if holder := lock.take():
         raise DataError(f"{prefix} is being written by {holder}. Wait for it, or choose another --output")
@@ -30,9 +31,15 @@ def workspace(prefix: str | Path) -> Iterator[Path]:
     else:
         _empty(folder, all_of_it=True)
     finally:
-        lock.release()
-        with suppress(OSError):  # not empty: the parts stay
+        with suppress(OSError):  # not empty: the parts stay; on NFS: the open lock does
             _remove_if_done(folder)
+        lock.release()
+
+
+def _refuse_folder_of_others(folder: Path) -> None:
+    """What lies in the folder is deleted in the end, so it must be ours: only we put a lock there."""
+    if folder.is_symlink() or (folder.exists() and not (folder / LOCK).is_file() and any(folder.iterdir())):
+        raise DataError(f"{folder} was not made by `data prepare`, which would empty it. Choose another --output")
 
 
 def _is_of_use(folder: Path) -> bool:

@@ -37,6 +37,7 @@ class MemoryEstimate:
 
     fixed: dict[str, int]
     activations: dict[str, int]
+    left_out: str = ""  # why there are no activations, where they could not be counted
 
     @property
     def total(self) -> int:
@@ -46,7 +47,8 @@ class MemoryEstimate:
     def table(self) -> str:
         """A line a component, in GiB."""
         rows = [*self.fixed.items(), *self.activations.items(), ("total", self.total)]
-        return "\n".join(f"  {name:34}{size / GIB:>10.2f} GiB" for name, size in rows)
+        lines = [f"  {name:34}{size / GIB:>10.2f} GiB" for name, size in rows]
+        return "\n".join(lines + ([f"  activations not counted: {self.left_out}"] if self.left_out else []))
 
 
 def estimate(config: RunConfig, data_ranks: int) -> MemoryEstimate:
@@ -56,7 +58,10 @@ def estimate(config: RunConfig, data_ranks: int) -> MemoryEstimate:
     rows = config.train.microbatch or max(1, config.train.global_batch // data_ranks)
     weights = FP32 * sum(parameter.numel() for parameter in model.parameters())
     fixed = {"weights, fp32": weights, "gradients, fp32": weights, "optimizer, two fp32 moments": 2 * weights}
-    return MemoryEstimate(fixed, _activations(model, config, rows))
+    try:
+        return MemoryEstimate(fixed, _activations(model, config, rows))
+    except Exception as error:  # a mixer of the user's own may do what has no meta form; that must not stop a run
+        return MemoryEstimate(fixed, {}, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def _activations(model: HybridModel, config: RunConfig, rows: int) -> dict[str, int]:
@@ -133,12 +138,15 @@ def available_memory(device: torch.device) -> int:
 
 
 def _container_limit() -> int | None:
-    """The memory limit of this container (cgroup v2, then v1), if it has one."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else "max"
-        if text.isdecimal():
-            return int(text)
-    return None
+    """The smallest memory limit of the control groups this process is in (a container's, a SLURM job's), if any."""
+    files = [Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]  # version 1
+    own = Path("/proc/self/cgroup").read_text() if Path("/proc/self/cgroup").is_file() else ""
+    for line in own.splitlines():
+        if line.startswith("0::"):  # version 2: each group up to the root may have a limit
+            group = Path("/sys/fs/cgroup") / line[3:].lstrip("/")
+            files += [folder / "memory.max" for folder in (group, *group.parents)]
+    texts = [file.read_text().strip() for file in files if file.is_file()]
+    return min((int(text) for text in texts if text.isdecimal()), default=None)
 
 
 def check_fits(config: RunConfig, context: ParallelContext) -> list[str]:

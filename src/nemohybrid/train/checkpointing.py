@@ -52,8 +52,8 @@ class Checkpointer:
         tensors |= random_states(self.context.rank)
         state = run_state(step, self._fixed())
         extra: dict[str, Path | str | bytes] = {"config.yaml": config_yaml(self.config)}
+        World().on_first(lambda: self.tokenizer.save(self.tokenizer_folder))
         if self.context.is_main:
-            self.tokenizer.save(self.tokenizer_folder)
             extra |= {file.name: file for file in self.tokenizer_folder.iterdir()}
         path = save_checkpoint(self.root, step, tensors, state, extra)
         prune(self.root, self.config.checkpoint.keep)

@@ -16,7 +16,7 @@ _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
 _WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
-_PEER_GONE = re.compile(r"gloo/|Connection (closed|reset) by peer|NCCL")
+_PEER_GONE = re.compile(r"gloo/|Connection (closed|reset)|remote process|ncclRemoteError|[Tt]imed out|Watchdog")
 
 
 @contextmanager
@@ -38,8 +38,8 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def lost_a_peer(error: Exception) -> bool:
-    """Gloo raises a plain RuntimeError that names its source file; NCCL and the store have exceptions of their own."""
-    return isinstance(error, dist.DistError) or bool(dist.is_initialized() and _PEER_GONE.search(str(error)))
+    """By the text: Gloo raises a plain RuntimeError, and NCCL's exceptions also stand for set-ups that never worked."""
+    return isinstance(error, dist.DistNetworkError) or bool(dist.is_initialized() and _PEER_GONE.search(str(error)))
 
 
 def _out_of_memory(config: RunConfig, context: ParallelContext, error: Exception) -> str:
@@ -54,6 +54,6 @@ def _out_of_memory(config: RunConfig, context: ParallelContext, error: Exception
 
 def _peer_gone(context: ParallelContext, error: Exception) -> str:
     return (
-        f"rank {context.rank} lost its peers ({str(error).splitlines()[0]}). The rank that failed first says why; "
-        "the same command goes on from the newest checkpoint"
+        f"rank {context.rank} lost its peers . The rank that failed first says why; the same command goes on from the newest "
+        f"checkpoint. What was heard here: {error}"
     )

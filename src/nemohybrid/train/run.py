@@ -13,10 +13,10 @@ from nemohybrid.parallel.collectives import gather_bytes
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.plan.memory import check_fits
 from nemohybrid.symbols import parse_pattern
-from nemohybrid.train.allocator import keep_freed_memory
 from nemohybrid.train.callbacks import standard
 from nemohybrid.train.lock import only_job_in
 from nemohybrid.train.plain_words import in_plain_words
+from nemohybrid.train.process import allow_many_files, keep_freed_memory
 from nemohybrid.train.signals import StopSignals, name_of
 from nemohybrid.train.trainer import Trainer, use_threads
 
@@ -31,6 +31,7 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
         check_agreement(config, context)
         use_threads(config.train.threads)
         keep_freed_memory()
+        allow_many_files()
         torch.manual_seed(config.run.seed + context.rank)
         folder = Path(config.run.dir)
         with only_job_in(folder) as notes:

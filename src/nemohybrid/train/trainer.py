@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemohybrid.checkpoint.files import advice
+from nemohybrid.checkpoint.world import World
 from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.collectives import largest
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
@@ -23,8 +26,8 @@ from nemohybrid.precision.gemm import bind
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.checkpointing import Checkpointer
 from nemohybrid.train.data import RunData
-from nemohybrid.train.evaluation import Evaluation, evaluate
-from nemohybrid.train.finite import all_finite, first_bad_tensor
+from nemohybrid.train.evaluation import Evaluation, evaluate, evaluation_is_due
+from nemohybrid.train.finite import first_bad_tensor
 from nemohybrid.train.optimizer import build_optimizer, set_learning_rate
 from nemohybrid.train.schedule import learning_rate
 from nemohybrid.train.signals import StopSignals
@@ -32,6 +35,10 @@ from nemohybrid.train.step import StepResult, compute_gradients, update
 
 if TYPE_CHECKING:
     from nemohybrid.train.callbacks.base import Callback
+
+
+NOT_FINITE = 1 << 16
+"""What a rank says instead of a signal when its loss or gradient is no number; larger than any signal."""
 
 
 class Trainer:
@@ -54,6 +61,7 @@ class Trainer:
         self.last_evaluation: Evaluation | None = None
         self.last_saved: tuple[int, Path] | None = None
         self.signals = StopSignals()
+        self.owes_evaluation = False
 
     @property
     def microbatch(self) -> int:
@@ -62,8 +70,8 @@ class Trainer:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no step is left."""
-        return self.step >= self.last_step
+        """Whether no step is left, and no score."""
+        return self.step >= self.last_step and not self.owes_evaluation
 
     def fit(self, signals: StopSignals | None = None) -> None:
         """Train up to `last_step`, or to the step in which any rank got a signal. Callbacks are closed whatever happens."""
@@ -73,17 +81,12 @@ class Trainer:
                 closing.push(partial(self._close, callback))
             self._tell("on_run_start", self)
             with self.signals.deferred():
+                if self.owes_evaluation:
+                    self.evaluate()
                 while not (self.is_complete or self.stopped_by):
-                    result = self.train_step()
-                    self._listen()
-                    self._tell("on_step_end", self, result)
+                    self._tell("on_step_end", self, self.train_step())
             if not self.stopped_by:
                 self._tell("on_run_end", self)
-
-    def _listen(self) -> None:
-        """Agree over all ranks whether a signal came. One in the last step changes nothing: the run is at its end."""
-        if not (self.is_complete or self.stopped_by):
-            self.stopped_by = largest(self.signals.received, self.context)
 
     def _tell(self, moment: str, *facts: object) -> None:
         for callback in self.callbacks:
@@ -115,35 +118,48 @@ class Trainer:
         batch = self.data.batch(step)
         loss = compute_gradients(self.model, batch, self.microbatch, self.context)
         norm = gradient_norm(self.model.parameters())
-        if not all_finite(loss, norm):
-            raise TrainingError(f"step {step}: {self._not_finite(batch, loss, norm)}")
+        mean_loss, grad_norm = torch.stack(
+            [loss.float(), norm.float()]
+        ).tolist()  # the step waits for the device only here
+        finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
+        # One agreement a step, of which a failure is the most urgent: a rank whose device fails may be the only one to see it.
+        verdict = largest(self.signals.received if finite else NOT_FINITE, self.context)
+        if verdict == NOT_FINITE:
+            raise TrainingError(f"step {step}: {self._not_finite(batch, mean_loss, grad_norm)}")
         update(self.model, self.optimizer, self.config.optim.clip_grad_norm, norm)
         self.step = step
+        self.stopped_by = 0 if self.is_complete else verdict  # a run that is at its end just ends
         tokens = self.plan.samples_before(step + 1) * self.config.data.sequence_length
         seconds = time.perf_counter() - started
-        return StepResult(step, loss.item(), norm.item(), lr, self.plan.batch_at(step), tokens, seconds)
+        return StepResult(step, mean_loss, grad_norm, lr, self.plan.batch_at(step), tokens, seconds)
 
-    def _not_finite(self, batch: Batch, loss: torch.Tensor, norm: torch.Tensor) -> str:
-        """Every rank comes here together: loss and norm are of sums over all."""
+    def _not_finite(self, batch: Batch, loss: float, norm: float) -> str:
+        """Collective."""
         found = first_bad_tensor(self.model, batch, self.microbatch)
         return (
-            f"the loss is {loss.item():.4g}, the gradient norm {norm.item():.4g}. First bad tensor: {found}.\n"
+            f"the loss is {loss:.4g}, the gradient norm {norm:.4g}. First bad tensor: {found}.\n"
             f"Weights and checkpoints are as they were; the newest checkpoint: {self.checkpoints.newest() or 'none yet'}. "
             "Lower optim.lr or optim.clip_grad_norm, or lengthen schedule.warmup, and give the command again."
         )
 
-    def evaluate(self) -> Evaluation:
-        """Score the validation corpus and tell the callbacks. A step that ends the run, or a signal, is saved first."""
-        self._save_if_ending()
-        self.last_evaluation = evaluate(self.model, self.data, self.microbatch, self.step, self._save_if_ending)
-        self._tell("on_evaluation", self, self.last_evaluation)
-        return self.last_evaluation
+    def evaluate(self) -> Evaluation | None:
+        """Score the validation corpus and tell the callbacks.
 
-    def _save_if_ending(self) -> None:
-        """At once: scoring may take longer than the time that is left."""
-        self._listen()
-        if self.stopped_by or self.is_complete:
+        None where a signal came first: the step is saved at once, since scoring may take longer than the time that is left,
+        and the same command scores it when it goes on.
+        """
+        evaluation = evaluate(self.model, self.data, self.microbatch, self.step, self._may_go_on)
+        if evaluation is not None:
+            self.last_evaluation, self.owes_evaluation = evaluation, False
+            self._tell("on_evaluation", self, evaluation)
+        return evaluation
+
+    def _may_go_on(self) -> bool:
+        """Whether no rank got a signal; else the step is saved and the run ends. Collective."""
+        self.stopped_by = self.stopped_by or largest(self.signals.received, self.context)
+        if self.stopped_by:
             self.save()
+        return not self.stopped_by
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, once, and tell the callbacks."""
@@ -159,10 +175,19 @@ class Trainer:
         if path is None:
             return notes
         self.step = self.checkpoints.load(path, self.model, self.optimizer)
-        where = f"step {self.step} of {self.config.train.steps}"
+        self.last_saved = (self.step, path)
+        self.owes_evaluation = World().on_first(self._owes_evaluation)
+        where = f"step {self.step} of {self.config.train.steps}{', still to be scored' if self.owes_evaluation else ''}"
         if self.is_complete:
             return [*notes, f"already complete: {path} is at {where}, where this run ends"]
         return [*notes, f"resuming from {path}: {where}"]
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the step was saved and its evaluation was not: `metrics.jsonl` knows."""
+        metrics = Path(self.config.run.dir) / "metrics.jsonl"
+        if not evaluation_is_due(self.config, self.step) or not metrics.is_file():
+            return False
+        return not any(record["step"] == self.step and "val_loss" in record for record in read_metrics(metrics))
 
 
 def use_threads(threads: int | None) -> None:

@@ -33,5 +33,5 @@ def _writers(config: RunConfig) -> list[Callback]:
 
 
 def _actors(config: RunConfig) -> list[Callback]:
-    actors: list[Callback] = [Evaluate(config.train.evaluate_every)] if config.train.evaluate_every else []
+    actors: list[Callback] = [Evaluate()] if config.train.evaluate_every else []
     return [*actors, Checkpoint(config.checkpoint.every)]

@@ -7,7 +7,7 @@ import pytest
 
 STEPS = """
 import ctypes, resource, sys
-from nemohybrid.train.allocator import keep_freed_memory
+from nemohybrid.train.process import keep_freed_memory
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
