@@ -12,6 +12,7 @@ from nemohybrid.config.compose import compose_raw, finish, load_config
 from nemohybrid.config.groups import configs_dir
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml, read_config_yaml
+from nemohybrid.data.tokenizer import load_tokenizer, train_bpe
 from nemohybrid.errors import ConfigError
 
 
@@ -159,3 +160,17 @@ def test_a_refused_word_about_data_is_not_also_reported_as_absent_data(corpora, 
 def test_the_vocabulary_comes_from_the_first_corpus_that_knows_its_tokenizer(load, corpora):
     (corpora / "c" / "code.json").write_text('{"tokenizer": {"vocab_size": 4321}}')
     assert load(BLEND).model.vocab_size == 4321
+
+
+def test_an_empty_vocabulary_is_that_of_a_tokenizer_file(tmp_path):
+    """A corpus of Megatron's own tools has no record that would say it."""
+    prefix = tmp_path / "mg"
+    for end in (".bin", ".idx"):
+        prefix.with_suffix(end).write_bytes(b"")
+    train_bpe(["to be or not to be"], 270).save(tmp_path / "tokenizer")
+    size = load_tokenizer(tmp_path / "tokenizer").vocab_size
+    for spec in (tmp_path / "tokenizer", tmp_path / "tokenizer" / "tokenizer.json"):
+        config = load_config(["model=tiny", f"data.train={prefix}", f"data.tokenizer={spec}"])
+        assert config.model.vocab_size == size
+    train_bpe(["to be or not to be"], 270).save(tmp_path / "mg.tokenizer")
+    assert load_config(["model=tiny", f"data.train={prefix}"]).model.vocab_size == size

@@ -208,3 +208,10 @@ def test_only_the_first_damages_are_listed_in_the_order_of_the_inputs(tmp_path):
     assert prepared.info.damaged_documents_skipped == 8
     places = [place.partition(":")[0].rpartition("/")[2] for place in prepared.damages]
     assert places == [f"b.jsonl, line {line}" for line in (2, 3, 4, 5)] + ["a.jsonl, line 2"]
+
+
+@pytest.mark.parametrize("name, content", [("a.jsonl", '{"text": "hello"}\n'), ("a.txt", "hello")])
+def test_a_byte_order_mark_is_no_part_of_the_text(name, content, tmp_path):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    (unit,) = cut_into_units(tmp_path / name, "text")
+    assert [document.text for document in read_unit(unit, Reading())] == ["hello"]

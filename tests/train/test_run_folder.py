@@ -126,7 +126,8 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_the_run(star
         start("model.vocab_size=256")
 
 
-def test_it_is_refused_too_where_only_the_loaded_tokenizer_tells(start, corpus, tmp_path):
+def test_it_is_refused_too_where_only_the_loaded_tokenizer_tells(start, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("nemohybrid.config.rules.surroundings.tokenizer_vocabulary", lambda _: None)
     for end in ("bin", "idx"):  # a corpus of another program: nothing beside it says how it was made
         shutil.copy(corpus / f"train.{end}", tmp_path / f"bare.{end}")
     load_tokenizer("byte").save(tmp_path / "tokenizer")

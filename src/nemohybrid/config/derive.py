@@ -17,24 +17,52 @@ def derive_vocabulary(config: RunConfig) -> None:
 
 
 def tokenizer_vocabulary(data: DataSection) -> int | None:
-    """Token ids of the tokenizer that `data` names, as far as its name or the corpus says; no tokenizer is loaded."""
+    """Token ids of the tokenizer that `data` names, as far as its name, its file or the corpus says."""
     kind, _, size = (data.tokenizer or "").partition(":")
     if kind == "byte":
         return BYTE_VOCABULARY
     if kind == "bpe" and size.isdecimal():
         return int(size)
     if data.bundled:
-        return BYTE_VOCABULARY if data.tokenizer is None else None
+        return BYTE_VOCABULARY if data.tokenizer is None else _vocabulary_of_file(Path(data.tokenizer))
+    if data.tokenizer:
+        return _vocabulary_of_file(Path(data.tokenizer))
     known = (_vocabulary_of_corpus(prefix) for prefix in data.corpora)
     return next((ids for ids in known if ids is not None), None)
 
 
 def _vocabulary_of_corpus(prefix: str) -> int | None:
-    """What `data prepare` wrote beside the corpus; None where another program made it."""
+    """What `data prepare` wrote beside the corpus; None where another program made it and no tokenizer lies there."""
     try:
         return int(json.loads(Path(f"{prefix}.json").read_text())["tokenizer"]["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return _vocabulary_of_file(Path(f"{prefix}.tokenizer"))
+
+
+def _vocabulary_of_file(path: Path) -> int | None:
+    """Ids of a `tokenizer.json` or SentencePiece model, or of the folder of one; None where it cannot be read."""
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        return _vocabulary_of_file(found[0]) if found else None
+    try:
+        return _ids_of_sentence_pieces(path) if path.suffix == ".model" else _ids_of_json(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return None  # whoever loads it says what is wrong with it
+
+
+def _ids_of_json(path: Path) -> int:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("type") == "byte":
+        return BYTE_VOCABULARY
+    vocabulary = content["model"]["vocab"]  # text -> id; of a unigram model a list
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+
+
+def _ids_of_sentence_pieces(path: Path) -> int:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
 
 
 def derive_sizes(model: ModelConfig) -> None:

@@ -216,7 +216,7 @@ def _disk_full_explained(prefix: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DataError(
             f"no room left on the disk for {prefix}.parts ({error.strerror}). It needs twice the size of the corpus. "

@@ -1,7 +1,9 @@
 """The documents of one unit, whatever the file: plain, compressed, parquet."""
 
+import codecs
 import gzip
 import io
+import itertools
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -39,9 +41,17 @@ def read_unit(unit: Unit, reading: Reading) -> Iterator[Document | Damage]:
     if unit.is_parquet:
         return parquet_documents(unit.path, unit.start, unit.stop, reading.text_field)
     lines = _decompressed_lines(unit) if unit.compression else _lines(unit)
+    lines = lines if unit.start else _without_byte_order_mark(lines)
     if unit.is_jsonl:
         return jsonl_documents(lines, reading.text_field)
     return text_documents(lines, reading.separator)
+
+
+def _without_byte_order_mark(lines: Iterator[Line]) -> Iterator[Line]:
+    """Some editors put one in front of UTF-8 text, of which it is no part."""
+    for line, line_bytes in itertools.islice(lines, 1):
+        yield line.removeprefix(codecs.BOM_UTF8), line_bytes
+    yield from lines
 
 
 def _lines(unit: Unit) -> Iterator[Line]:

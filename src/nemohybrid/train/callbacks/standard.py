@@ -33,5 +33,7 @@ def _writers(config: RunConfig) -> list[Callback]:
 
 
 def _actors(config: RunConfig) -> list[Callback]:
-    actors: list[Callback] = [Evaluate()] if config.train.evaluate_every else []
-    return [*actors, Checkpoint(config.checkpoint.every)]
+    save: list[Callback] = [
+        Checkpoint(config.checkpoint.every)
+    ]  # first: a run that dies while it scores has lost nothing
+    return save + ([Evaluate()] if config.train.evaluate_every else [])
