@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import nemohybrid.train.trainer as trainer_module
-from nemohybrid.errors import TrainingError
+from nemohybrid.errors import CheckpointError, TrainingError
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.run import run
@@ -137,3 +137,14 @@ def test_what_only_one_rank_sees_stops_all_at_once(configure, run_ranks, monkeyp
 
     for rank, failure in enumerate(run_ranks(broken)):
         assert "TrainingError: step 1: the loss is" in failure, f"rank {rank}: {failure}"
+
+
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_not_finite_is_never_saved(configure, tmp_path, moment):
+    trainer = Trainer(configure(), ParallelContext.single(), [])
+    trainer.train_step()
+    state = next(iter(trainer.optimizer.state.values()))
+    state[moment].view(-1)[0] = float("inf")
+    with pytest.raises(CheckpointError, match=f"optimizer.{moment}.* is no longer finite"):
+        trainer.save()
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
