@@ -60,8 +60,6 @@ CASES = {
         ["data.sequence_length=64, 68"],
         ["data.sequence_length=66"],
     ),
-    "mtp_of_this_version": (['model.pattern="M-/M-"'], ["multi-token prediction", "model.pattern=M-"], []),
-    "latent_of_this_version": ([E, "model.moe_latent_size=64"], ["model.moe_latent_size=null"], [E]),
     "batch_over_ranks": (
         ["train.global_batch=8", "train.microbatch=3"],
         ["train.microbatch=1, 2, 4, 8"],

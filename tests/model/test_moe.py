@@ -122,8 +122,3 @@ def test_the_router_decides_in_fp32_under_bf16(tiny_model):
     for got, want in zip(mixer.router(rounded), mixer.router(rounded.float()), strict=True):
         assert torch.equal(got, want)
     assert mixer.router(rounded)[1].dtype == torch.float32
-
-
-def test_latent_experts_are_refused(tiny_model):
-    with pytest.raises(ConfigError, match="moe_latent_size"):
-        tiny_model("E", moe_latent_size=8)

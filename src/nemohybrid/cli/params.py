@@ -46,8 +46,7 @@ def count(model: ModelConfig, sequence_length: int) -> tuple[dict[str, Cost], st
         if costs[part].parameters == 0:  # a symbol of the user's own, of which accounting.py knows nothing
             costs[part] = replace(costs[part], parameters=parameters, active=parameters)
         assert costs[part].parameters == parameters, f"{part}: counted {costs[part].parameters:,}, built {parameters:,}"
-    unbuilt = ", but for the MTP block, which is counted from its sizes" if "mtp" in costs else ""
-    return costs, f"counted on the model built on the meta device{unbuilt}"
+    return costs, "counted on the model built on the meta device"
 
 
 def _row(part: str, layers: int | str, cost: Cost) -> str:

@@ -10,7 +10,7 @@ from nemohybrid.symbols import parse_pattern
 
 
 def built_parameters(config: ModelConfig) -> dict[str, int]:
-    """Part (layer symbol, `embedding`, `output`) -> parameters, all layers of a kind together; MTP blocks are not built.
+    """Part (layer symbol, `embedding`, `output`) -> parameters, all layers of a kind together; `mtp` what is stored of it.
 
     The parts are those of `observe.accounting.costs_by_part`. Raises ConfigError for what this version cannot build.
     """
@@ -21,6 +21,8 @@ def built_parameters(config: ModelConfig) -> dict[str, int]:
         parts["output"] += _size(model.output)
     for symbol, layer in zip(parse_pattern(config.pattern).main, model.layers, strict=True):
         parts[symbol] += _size(layer)
+    if len(model.mtp):
+        parts["mtp"] = _size(model.mtp)
     return dict(parts)
 
 

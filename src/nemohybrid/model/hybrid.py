@@ -11,8 +11,9 @@ from nemohybrid.errors import ConfigError, DataError
 from nemohybrid.model import attention, mamba2, mlp  # noqa: F401 - they register their symbols
 from nemohybrid.model.embedding import VocabularyMatrix
 from nemohybrid.model.init import allocate, initialize
-from nemohybrid.model.mixer import build_mixer
+from nemohybrid.model.layer import Layer
 from nemohybrid.model.moe import layer as moe_layer  # noqa: F401
+from nemohybrid.model.mtp import MTPBlock, build_mtp, shifted
 from nemohybrid.model.norm import RMSNorm
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
@@ -35,19 +36,6 @@ _DERIVED = (
 """Sizes that may be left empty in a configuration and must be filled in before a model is built."""
 
 
-class Layer(nn.Module):
-    """x + mixer(norm(x)), and nothing else."""
-
-    def __init__(self, symbol: str, config: ModelConfig, context: ParallelContext) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mixer = build_mixer(symbol, config, context)
-
-    def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
-        """x [T, D] -> [T, D]."""
-        return x + self.mixer(self.norm(x), seq)
-
-
 class HybridModel(nn.Module):
     """A language model assembled from `config.pattern`.
 
@@ -66,11 +54,12 @@ class HybridModel(nn.Module):
         self.config = config
         self.dtype = DTYPES[config.dtype]
         self.recompute = False
-        symbols = parse_pattern(config.pattern).main
+        pattern = parse_pattern(config.pattern)
         self.embedding = VocabularyMatrix(config)
-        self.layers = nn.ModuleList(Layer(symbol, config, context) for symbol in symbols)
+        self.layers = nn.ModuleList(Layer(symbol, config, context) for symbol in pattern.main)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.output = self.embedding if config.tie_embeddings else VocabularyMatrix(config)
+        self.mtp, self.mtp_depth = build_mtp(pattern.mtp, pattern.mtp_depth, config, context), pattern.mtp_depth
         if self.embedding.weight.device.type != "meta":
             initialize(self, seed=0)
 
@@ -104,6 +93,38 @@ class HybridModel(nn.Module):
         x = self.final_norm(self._run(self.layers, x, seq))
         seq.advance()
         return x
+
+    def forward_mtp(self, input_ids: Tensor, seq: SequenceContext | None = None) -> list[Tensor]:
+        """input_ids [B, L] -> for each MTP depth k = 0, 1, ... logits [B, L-1-k, vocab_size].
+
+        Position t of depth k predicts token t + 2 + k, having seen those up to t + 1 + k. Empty without MTP.
+        """
+        batch, length = input_ids.shape
+        seq = seq or SequenceContext(batch, length)
+        hidden = self.mtp_hidden_states(self.hidden_states(input_ids, seq), input_ids, seq)
+        drafts = (h.view(batch, length, -1)[:, : length - 1 - k] for k, h in enumerate(hidden))
+        return [self.output.logits(draft) for draft in drafts]
+
+    def mtp_hidden_states(self, hidden: Tensor, input_ids: Tensor, seq: SequenceContext) -> list[Tensor]:
+        """What `hidden_states` returned for input_ids [B, L] -> for each MTP depth k hidden states [B*L, D].
+
+        The last k + 1 positions of a row or a document would need tokens that come after it: what stands there means nothing.
+        """
+        results: list[Tensor] = []
+        for depth in range(self.mtp_depth):
+            hidden = self.mtp_step(depth, hidden, shifted(input_ids, depth + 1), seq)
+            results.append(hidden)
+        return results
+
+    def mtp_step(self, depth: int, hidden: Tensor, next_ids: Tensor, seq: SequenceContext) -> Tensor:
+        """One depth: hidden [B*L, D] of the depth before, the tokens [B, L] that follow -> [B*L, D].
+
+        A depth beyond those of the pattern runs the last block again.
+        """
+        block = self.mtp[min(depth, len(self.mtp) - 1)]
+        assert isinstance(block, MTPBlock)
+        x = block.combine(self.embedding.embed(next_ids.flatten()).to(self.dtype), hidden)
+        return block.final_norm(self._run(block.layers, x, seq))
 
     def _run(self, layers: Iterable[nn.Module], x: Tensor, seq: SequenceContext) -> Tensor:
         for layer in layers:

@@ -32,6 +32,7 @@ class SequenceContext:
     length: int
     document_ids: Tensor | None = None
     cache: DecodeCache | None = None
+    share: float | None = None
     _masks: dict[torch.device, Tensor | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -121,13 +121,14 @@ def costs_by_part(m: ModelConfig, sequence_length: int) -> dict[str, Cost]:
 
 
 def _mtp_cost(m: ModelConfig, symbols: str, depth: int, sequence_length: int, vocabulary: int) -> Cost:
-    """One stored block, run `depth` times; it shares embedding and output with the model."""
+    """`depth` runs of one stored block, or of a block each; they share embedding and output with the model."""
     h = m.hidden_size
     block = Cost(2 * h * h + 3 * h, 2 * h * h + 3 * h, 4 * h * h, 0.0)
     for symbol, count in Counter(symbols).items():
         block = block + layer_cost(symbol, m, sequence_length) * count
     run = Cost(0, 0, block.flops + 2 * vocabulary, block.flops_megatron + 2 * vocabulary) * depth
-    return Cost(block.parameters, block.active, run.flops, run.flops_megatron)
+    stored = 1 if m.mtp.repeat_block else depth
+    return Cost(block.parameters * stored, block.active * stored, run.flops, run.flops_megatron)
 
 
 def total_cost(m: ModelConfig, sequence_length: int) -> Cost:

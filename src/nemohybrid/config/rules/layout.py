@@ -112,25 +112,3 @@ def sequence_over_context(now: Situation) -> Violation | None:
             where, f"does not cut into 2 x {ranks} pieces", {"data.sequence_length": multiples_near(length, 2 * ranks)}
         )
     return None
-
-
-@rule(RUN_RULES)
-def mtp_of_this_version(now: Situation) -> Violation | None:
-    """The `/` part is parsed, counted and checked, and refused in training rather than dropped."""
-    if now.pattern is None or not now.pattern.mtp:
-        return None
-    main = now.config.model.pattern.split("/")[0]
-    return Violation(
-        "model.pattern", "multi-token prediction (the part after /) cannot be trained yet", {"model.pattern": main}
-    )
-
-
-@rule(RUN_RULES, "E")
-def latent_of_this_version(now: Situation) -> Violation | None:
-    """LatentMoE is counted by `params`, and refused in training rather than dropped."""
-    size = now.config.model.moe_latent_size
-    return (
-        Violation(f"model.moe_latent_size={size}", "LatentMoE cannot be trained yet", {"model.moe_latent_size": "null"})
-        if size
-        else None
-    )

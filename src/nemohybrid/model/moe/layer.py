@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from nemohybrid.config.model import ModelConfig
-from nemohybrid.errors import ConfigError
 from nemohybrid.model.init import normal
+from nemohybrid.model.linear import Linear
 from nemohybrid.model.mixer import Mixer, mixer, residual_std
 from nemohybrid.model.mlp import ACTIVATIONS, MLP, fc1_outputs
 from nemohybrid.model.moe.router import Router
@@ -21,7 +21,8 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_ffn_hidden_size or 0
+        experts, width = config.num_experts, config.moe_ffn_hidden_size or 0
+        hidden = config.moe_latent_size or config.hidden_size
         fan_out = sum(fc1_outputs(config.activation, width).values())
         per_expert = Shard(axis=0, over="expert")
         self.activation = ACTIVATIONS[config.activation]
@@ -36,19 +37,25 @@ class Experts(nn.Module):
 
 @mixer("E", "MoE")
 class MoE(Mixer):
-    """No token is dropped. The shared expert, an MLP that every token visits, is added unweighted."""
+    """No token is dropped. The shared expert, an MLP that every token visits, is added unweighted.
+
+    LatentMoE (arXiv 2601.18089): with `moe_latent_size` the experts work between one down and one up projection of the
+    layer; router and shared expert see the full width.
+    """
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__(config, context)
-        if config.moe_latent_size:
-            raise ConfigError("LatentMoE layers (model.moe_latent_size) cannot be built by this version")
+        hidden, latent, width = config.hidden_size, config.moe_latent_size, config.shared_expert_ffn_hidden_size
         self.router = Router(config)
         self.experts = Experts(config)
-        width = config.shared_expert_ffn_hidden_size
+        self.latent_down = Linear(hidden, latent, role="latent", std=config.init_std) if latent else None
+        self.latent_up = Linear(latent, hidden, role="latent", std=residual_std(config)) if latent else None
         self.shared_expert = MLP(config, context, width) if width else None
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
         ids, weights = self.router(x)
-        out = self.experts(x, ids, weights)
+        inputs = x if self.latent_down is None else self.latent_down(x)
+        out = self.experts(inputs, ids, weights)
+        out = out if self.latent_up is None else self.latent_up(out)
         return out if self.shared_expert is None else out + self.shared_expert(x, seq)
