@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from nemohybrid.config.model import RouterConfig
-from nemohybrid.errors import ConfigError
 from nemohybrid.model import SequenceContext
 from nemohybrid.model.moe.router import Router
 
