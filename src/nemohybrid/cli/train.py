@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemohybrid.config.compose import finish, load_config, register_schema
+from nemohybrid.cli.initial_model import with_initial_model
+from nemohybrid.config.compose import compose_raw, finish, load_config, register_schema
 from nemohybrid.config.groups import configs_dir
 from nemohybrid.config.overrides import usable_overrides
+from nemohybrid.config.required import as_violations, without_required
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.violation import Violation, raise_all
 from nemohybrid.errors import ConfigError, NemohybridError
@@ -29,6 +31,7 @@ HYDRA_QUIET = (
 def main(argv: list[str]) -> int:
     """Flags of Hydra's own go to Hydra; everything else is composed here, without its output folders and logging."""
     world_size = _world_size()
+    argv = with_initial_model(argv)
     if any(word in SWEEP_FLAGS for word in argv):
         if world_size > 1:
             raise ConfigError("-m cannot run under torchrun: a sweep starts one job after another, each with all ranks")
@@ -48,6 +51,8 @@ def _world_size() -> int:
 def show(argv: list[str]) -> int:
     """`--cfg job`, `--help` and their like, answered by Hydra."""
     _check_overrides(argv)
+    if "--resolve" in argv:  # Hydra would print a traceback for what cannot be resolved
+        raise_all(as_violations(without_required(compose_raw(_overrides(argv)))[1]))
     _hydra_main(lambda cfg: None, argv)
     return 0
 

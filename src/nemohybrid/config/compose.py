@@ -6,18 +6,18 @@ happen once per rank under torchrun. `hydra.main` serves only `--cfg`, `--help` 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemohybrid.config.check import build
 from nemohybrid.config.derive import derive_sizes, derive_vocabulary
 from nemohybrid.config.groups import configs_dir
 from nemohybrid.config.overrides import usable_overrides
+from nemohybrid.config.required import as_violations, register_resolver, without_required
 from nemohybrid.config.rules import violated_rules
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.violation import Violation, raise_all
@@ -28,8 +28,9 @@ ABSENT_DATA = ("data.train", "train.evaluate_every")
 
 
 def register_schema() -> None:
-    """Tell Hydra the types of every key, under the name the root config starts from."""
+    """Tell Hydra the types of every key, under the name the root config starts from, and what `${required:...}` means."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
+    register_resolver()
 
 
 def load_config(overrides: Sequence[str], world_size: int = 1) -> RunConfig:
@@ -76,16 +77,24 @@ def finish(
     """Turn a composed config into a frozen `RunConfig`: typed, sizes filled in, every rule checked."""
     violations = [] if violations is None else violations
     try:
-        values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        values, absent = without_required(cfg)
     except OmegaConfBaseException as error:
         raise_all([*violations, Violation("composition", _plain(error))])
         raise
+    absent = {key: why for key, why in absent.items() if not model_only or key.startswith("model.")}
+    violations.extend(as_violations(absent))
     config = build(RunConfig, values, violations)
     derive_vocabulary(config)
     derive_sizes(config.model)
-    refused = any(v.where.lstrip("+").startswith(("data", "experiment")) for v in violations)
     found = violated_rules(config, world_size, model_only=model_only)
-    violations.extend(v for v in found if not (refused and v.where in ABSENT_DATA))
+    violations.extend(v for v in found if _is_sure(v, violations, absent))
     raise_all(violations)
     config.freeze()
     return config
+
+
+def _is_sure(found: Violation, refused: list[Violation], absent: dict[str, str]) -> bool:
+    """Whether a broken rule would still be broken had nothing been refused and everything required been given."""
+    if any(v.where.lstrip("+").startswith(("data", "experiment")) for v in refused) and found.where in ABSENT_DATA:
+        return False
+    return not absent or found.where in ABSENT_DATA
