@@ -62,7 +62,7 @@ class ModelConfig(Section):
     vocab_multiple: int = option(1, "embedding rows are padded to a multiple of this", minimum=1)
     tie_embeddings: bool = option(False, "use the embedding as output projection")
     norm_epsilon: float = option(1e-5, "added to the mean square in every RMSNorm", minimum=0.0)
-    no_input_norm: str = option("", "layer symbols whose mixer reads the residual stream without a norm, e.g. '*-'")
+    no_input_norm: str = option("", "layer symbols whose mixer reads the residual stream without a norm, e.g. '*'")
     output_norm: str = option("", "layer symbols whose mixer's output is normalised before it is added, e.g. '*-'")
     init_std: float = option(0.02, "standard deviation of initial weights", minimum=0.0)
     rescale_output_init: bool = option(True, "divide the init_std of projections into the residual by sqrt(layers)")

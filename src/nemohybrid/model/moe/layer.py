@@ -31,8 +31,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, D], expert ids and weights [T, K] -> [T, D]: the weighted sum of the chosen experts."""
-        up, down = self.up.to(x.dtype), self.down.to(x.dtype)
-        return expert_mlp(x, ids, weights, up, down, activation=self.activation)
+        return expert_mlp(x, ids, weights, self.up, self.down, activation=self.activation)
 
 
 @mixer("E", "MoE")
@@ -46,7 +45,7 @@ class MoE(Mixer):
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__(config, context)
         hidden, latent, width = config.hidden_size, config.moe_latent_size, config.shared_expert_ffn_hidden_size
-        self.router = Router(config)
+        self.router = Router(config, context)
         self.experts = Experts(config)
         self.latent_down = Linear(hidden, latent, role="latent", std=config.init_std) if latent else None
         self.latent_up = Linear(latent, hidden, role="latent", std=residual_std(config)) if latent else None
@@ -54,7 +53,7 @@ class MoE(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
-        ids, weights = self.router(x)
+        ids, weights = self.router(x, seq)
         inputs = x if self.latent_down is None else self.latent_down(x)
         out = self.experts(inputs, ids, weights)
         out = out if self.latent_up is None else self.latent_up(out)

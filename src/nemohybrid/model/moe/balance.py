@@ -1,0 +1,111 @@
+"""What a router is trained on beside the loss of the model, and the count of who visited whom.
+
+The losses are never added to anything. Their gradients join the backward pass where the gradient of the router's weights
+arrives; so a layer needs no second output, and the loss of the model stays what it is (the idea of Megatron-LM's
+MoEAuxLossAutoScaler). Values and loads are counted at the same moment. It comes once for every token of a training step:
+not in an evaluation, and not a second time when a layer is computed again for its gradients.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemohybrid.config.model import RouterConfig
+from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.collectives import sum_over
+from nemohybrid.parallel.context import Group
+
+# T tokens, E experts, K experts a token visits, R rows over which a load is taken: sequences, or 1 for all tokens
+
+
+@dataclass
+class Tally:
+    """What one router of one rank has counted since the step began, fp64: sums of integers stay exact."""
+
+    loads: Tensor  # [E] visits of each expert
+    choices: Tensor  # [E] visits by scores alone, without bias and groups: what the balancing loss looks at
+    losses: Tensor  # [3] balancing loss, z-loss, and the share of the global batch that they are the sums of
+
+    @classmethod
+    def empty(cls, experts: int, device: torch.device) -> "Tally":
+        """Nothing counted yet."""
+        return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for n in (experts, experts, 3)))
+
+
+class RouterLosses:
+    """Balancing loss and z-loss of one router, and its tally. The trainer reads the tally and sets it to None every step."""
+
+    def __init__(self, options: RouterConfig, top_k: int, data: Group) -> None:
+        self.options, self.top_k, self.data = options, top_k, data
+        self.aux_weight = options.aux_loss_weight if options.aux_loss != "none" else 0.0
+        self.tally: Tally | None = None
+
+    def attach(self, weights: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, seq: SequenceContext) -> Tensor:
+        """The weights [T, K], from whose gradient on the losses reach logits and scores [T, E].
+
+        Both losses are also measured where their weight is 0; then nothing is kept for their gradients.
+        """
+        rows = seq.batch if self.options.aux_loss == "sequence" else 1
+        scores = scores if self.aux_weight else scores.detach()
+        logits = logits if self.options.z_loss_weight else logits.detach()
+        probabilities = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).unflatten(0, (rows, -1)).mean(1)
+        with torch.no_grad():
+            loads = _visits(ids, scores.shape[1], 1)[0]
+            choices = _visits(scores.topk(self.top_k, dim=-1).indices, scores.shape[1], rows)
+        return _Attached.apply(weights, probabilities, z_loss(logits), loads, choices, self, seq.share)  # pyright: ignore[reportReturnType]
+
+    def arrived(self, probabilities: Tensor, z: Tensor, loads: Tensor, choices: Tensor, share: float) -> Tensor:
+        """Count a microbatch, `share` of the global batch; returns the gradient of the balancing loss in `probabilities`.
+
+        `global`: the loads of all data ranks and of this step's microbatches so far. Collective then.
+        """
+        tally = self.tally = self.tally or Tally.empty(loads.shape[0], loads.device)
+        tally.loads += loads
+        tally.choices += choices.sum(0)
+        seen = sum_over(tally.choices.clone(), self.data)[None] if self.options.aux_loss == "global" else choices
+        slope = balance_slope(seen, probabilities)
+        tally.losses += share * torch.stack([(slope * probabilities).sum(), z, torch.ones_like(z)])
+        return self.aux_weight * share * slope
+
+
+def balance_slope(visits: Tensor, probabilities: Tensor) -> Tensor:
+    """d loss / d probabilities [R, E] of the load-balancing loss E * sum_i f_i P_i, averaged over rows R.
+
+    f = `visits` [R, E] as a share of the row's, P = `probabilities` [R, E], the mean of scores that sum to one. Loads take no
+    gradient, so the loss is linear: its value is (slope * P).sum(), 1 where balanced. Switch Transformer (arXiv 2101.03961),
+    equation 4; equal to Megatron-LM's switch_load_balancing_loss_func.
+    """
+    rows, experts = probabilities.shape
+    shares = visits / visits.sum(-1, keepdim=True)
+    return (shares * (experts / rows)).to(probabilities.dtype)
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean of the squared logsumexp of logits [T, E], which keeps them small (ST-MoE, arXiv 2202.08906)."""
+    return logits.logsumexp(dim=-1).square().mean()
+
+
+def _visits(ids: Tensor, experts: int, rows: int) -> Tensor:
+    """Tokens per row and expert [R, E] of ids [T, K]. Through a mask, since counting by atomics has no fixed order."""
+    visited = torch.zeros(ids.shape[0], experts, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+    return visited.unflatten(0, (rows, -1)).sum(1)
+
+
+class _Attached(torch.autograd.Function):
+    """Identity on the weights; when their gradient arrives, so do those of the losses."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, probabilities: Tensor, z: Tensor, *rest: Any) -> Tensor:
+        loads, choices, ctx.losses, ctx.share = rest
+        ctx.save_for_backward(probabilities, z, loads, choices)
+        return weights.view_as(weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        probabilities, z, loads, choices = ctx.saved_tensors
+        slope = ctx.losses.arrived(probabilities, z, loads, choices, ctx.share)
+        z_slope = torch.full_like(z, ctx.losses.options.z_loss_weight * ctx.share)
+        return gradients[0], slope, z_slope, None, None, None, None
