@@ -31,6 +31,11 @@ class DataSection(Section):
     )
     sequence_length: int = option(256, "tokens of a training sample", minimum=1)
     reset_documents: bool = option(True, "state and attention stop at document boundaries inside a sample")
+    valid_windows: str = option(
+        "stream",
+        "stream: documents in one line, as in training; documents: each alone after an eod, as lm-evaluation-harness scores",
+        choices=("stream", "documents"),
+    )
     valid_overlap: int = option(0, "context tokens of a validation window that were scored before", minimum=0)
 
     @property
@@ -84,6 +89,8 @@ class LoggingSection(Section):
     )
     every: int = option(10, "steps between two plain lines", minimum=1)
     picture: bool = option(True, "draw loss.png when the run ends")
+    expert_map_every: int = option(0, "steps between two pictures of the expert loads; 0: none", minimum=0)
+    output_norms: int = option(0, "measure the outputs of all projections every so many steps; 0: never", minimum=0)
     tensorboard: bool = option(False, "also write TensorBoard events")
     wandb: bool = option(False, "also log to Weights & Biases; offline without WANDB_API_KEY")
     wandb_project: str = option("nemohybrid", "W&B project")

@@ -22,6 +22,9 @@ class Callback:
     def on_run_start(self, trainer: Trainer) -> None:
         """Everything is built and loaded; `trainer.step` is where the run goes on from."""
 
+    def on_step_start(self, trainer: Trainer) -> None:
+        """Step `trainer.step + 1` is about to run."""
+
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Weights are updated. What measures adds to `result.metrics`."""
 

@@ -74,6 +74,8 @@ def _facts(result: StepResult) -> list[str]:
     facts = [f"loss {result.loss:.3f}"]
     if (bits := result.metrics.get("bits_per_byte")) is not None:
         facts.append(f"bits/byte {bits:.3f}")
+    if (violation := result.metrics.get("moe_max_violation_worst")) is not None:
+        facts.append(f"maxvio {violation:.2f}")
     return [*facts, f"lr {result.lr:.2e}", f"{result.metrics.get('tokens_per_second') or 0:,.0f} tok/s"]
 
 

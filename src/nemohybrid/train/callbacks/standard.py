@@ -4,8 +4,10 @@ from nemohybrid.config.run_config import RunConfig
 from nemohybrid.train.callbacks.base import Callback
 from nemohybrid.train.callbacks.checkpoint import Checkpoint
 from nemohybrid.train.callbacks.evaluate import Evaluate
+from nemohybrid.train.callbacks.experts import ExpertMap
 from nemohybrid.train.callbacks.memory import Memory
 from nemohybrid.train.callbacks.metrics_file import MetricsFile
+from nemohybrid.train.callbacks.output_norms import MeasureOutputNorms
 from nemohybrid.train.callbacks.picture import Picture
 from nemohybrid.train.callbacks.progress import Progress
 from nemohybrid.train.callbacks.samples import Samples
@@ -17,6 +19,8 @@ from nemohybrid.train.callbacks.wandb import WandB
 def standard(config: RunConfig, is_main: bool) -> list[Callback]:
     """First what measures, then what writes (rank 0 only), then what acts on every rank."""
     measure: list[Callback] = [Throughput(), Memory()]
+    if config.logging.output_norms:
+        measure.append(MeasureOutputNorms(config.logging.output_norms))
     return measure + (_writers(config) if is_main else []) + _actors(config)
 
 
@@ -27,6 +31,7 @@ def _writers(config: RunConfig) -> list[Callback]:
         (config.logging.wandb, WandB()),
         (True, Progress(config.logging.console, config.logging.every)),
         (config.logging.picture, Picture()),
+        (config.logging.expert_map_every > 0, ExpertMap(config.logging.expert_map_every)),
         (bool(config.sample.prompts), Samples()),
     ]
     return [callback for wanted, callback in chosen if wanted]
