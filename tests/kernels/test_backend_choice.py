@@ -43,7 +43,7 @@ def test_every_operator_names_its_legal_backends(operator):
             backend="cuda-magic",
         ),
     }
-    with pytest.raises(BackendError, match=rf"{operator} has no backend 'cuda-magic'. Legal: 'auto', 'torch'"):
+    with pytest.raises(BackendError, match=rf"{operator} has no backend 'cuda-magic'. Legal: 'auto', .*'torch'"):
         calls[operator]()
 
 

@@ -1,10 +1,27 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemohybrid_kernels.errors import BackendError
 from nemohybrid_kernels.moe import expert_mlp
+from nemohybrid_kernels.moe.grouped import expert_mlp_grouped
+from nemohybrid_kernels.moe.products import GROUPED_MM, SEGMENTS, obstacle, products_for, usual_height
+from nemohybrid_kernels.moe.reference import expert_mlp_torch
+from nemohybrid_kernels.moe.visits import sort_by_expert
+
+IMPLEMENTATIONS = {
+    "loop": expert_mlp_torch,
+    "segments": partial(expert_mlp_grouped, products=SEGMENTS),
+    "grouped_mm": partial(expert_mlp_grouped, products=GROUPED_MM),
+}
+ANY_TYPE = ["loop", "segments"]
+"""On the CPU torch's grouped_mm takes fp32 and bf16, in widths of 16 bytes."""
+DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+"""Tolerance of the largest entry of the float64 oracle's tensor."""
 
 
 def squared_relu(h):
@@ -42,8 +59,8 @@ def moe_oracle(x, expert_ids, expert_weights, up, down, activation):
     return (torch.einsum("tef,edf->td", hidden, down),)
 
 
-def both(inputs, activation, results_and_gradients):
-    got = results_and_gradients(lambda **i: (expert_mlp(**i, activation=activation),), inputs)
+def both(inputs, activation, results_and_gradients, run=expert_mlp):
+    got = results_and_gradients(lambda **i: (run(**i, activation=activation),), inputs)
     doubles = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     return got, results_and_gradients(lambda **i: moe_oracle(**i, activation=activation), doubles)
 
@@ -51,53 +68,164 @@ def both(inputs, activation, results_and_gradients):
 @pytest.mark.parametrize("activation", [squared_relu, gated_silu])
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize(
-    "dtype, tolerance",
-    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)],
-    ids=["fp64", "fp32", "bf16"],
+    "run, dtype",
+    [(run, dtype) for run in ANY_TYPE for dtype in DTYPES]
+    + [("grouped_mm", torch.float32), ("grouped_mm", torch.bfloat16)],
+    ids=str,
 )
-def test_values_and_all_gradients_equal_the_dense_oracle(
-    dtype, tolerance, K, activation, assert_same, results_and_gradients
-):
-    inputs = moe_inputs(K=K, dtype=dtype, gated=activation is gated_silu)
-    got, want = both(inputs, activation, results_and_gradients)
+def test_values_and_all_gradients_equal_the_dense_oracle(run, dtype, K, activation, assert_same, results_and_gradients):
+    inputs = moe_inputs(width=8, K=K, dtype=dtype, gated=activation is gated_silu)
+    got, want = both(inputs, activation, results_and_gradients, IMPLEMENTATIONS[run])
     assert got["out0"].dtype == dtype
-    assert_same(got, want, tolerance)
+    assert_same(got, want, DTYPES[dtype])
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
-@given(T=st.integers(0, 9), E=st.integers(1, 6), K=st.integers(1, 6), D=st.integers(1, 5))
-def test_any_shape_equals_the_dense_oracle(T, E, K, D, assert_same, results_and_gradients):
-    K = min(K, E)
-    assert_same(*both(moe_inputs(T, D, E, K=K), squared_relu, results_and_gradients), 1e-12)
+@pytest.mark.parametrize("run", ANY_TYPE)
+def test_any_shape_equals_the_dense_oracle(run, assert_same, results_and_gradients):
+    @settings(max_examples=25, derandomize=True, deadline=None, database=None)
+    @given(T=st.integers(0, 9), E=st.integers(1, 6), K=st.integers(1, 6), D=st.integers(1, 5))
+    def check(T, E, K, D):
+        inputs = moe_inputs(T, D, E, K=min(K, E))
+        assert_same(*both(inputs, squared_relu, results_and_gradients, IMPLEMENTATIONS[run]), 1e-12)
+
+    check()
 
 
-def test_experts_without_tokens_get_zero_gradients(results_and_gradients):
-    got = results_and_gradients(lambda **i: (expert_mlp(**i, activation=squared_relu),), moe_inputs())
+@pytest.mark.parametrize(
+    "run, dtype", [("segments", torch.float64), ("segments", torch.bfloat16), ("loop", torch.float64)]
+)
+@pytest.mark.parametrize("loads", [[70, 0, 0], [0, 0, 70], [33, 0, 37], [1, 68, 1], [0, 0, 0]], ids=str)
+def test_any_loads_equal_the_dense_oracle(loads, run, dtype, assert_same, results_and_gradients):
+    """In bf16 the CPU multiplies a few rows more than an expert has: here of a neighbour, and beyond the last."""
+    ids = torch.arange(3).repeat_interleave(torch.tensor(loads))
+    inputs = moe_inputs(T=len(ids), E=3, K=1, dtype=dtype)
+    inputs["expert_ids"] = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))][:, None]
+    got, want = both(inputs, squared_relu, results_and_gradients, IMPLEMENTATIONS[run])
+    assert_same(got, want, DTYPES[dtype])
+    for expert, load in enumerate(loads):
+        assert load or not got["d_up"][expert].any(), f"expert {expert} learns without a token"
+
+
+def test_fp32_matrices_are_cast_to_the_type_of_the_rows(assert_same, results_and_gradients):
+    rounded = moe_inputs(dtype=torch.bfloat16)
+    masters = rounded | {name: rounded[name].float() for name in ("up", "down")}
+    run = partial(expert_mlp, activation=squared_relu)
+    got, want = (results_and_gradients(lambda **i: (run(**i),), inputs) for inputs in (masters, rounded))
+    assert got["out0"].dtype == torch.bfloat16
+    assert got["d_up"].dtype == torch.float32
+    assert_same(got, want, 0.0)
+
+
+@pytest.mark.parametrize("run", IMPLEMENTATIONS)
+def test_experts_without_tokens_get_zero_gradients(run, results_and_gradients):
+    inputs = moe_inputs(width=8, dtype=torch.float32)
+    got = results_and_gradients(lambda **i: (IMPLEMENTATIONS[run](**i, activation=squared_relu),), inputs)
     for name in ("d_up", "d_down"):
         assert got[name][:-1].abs().amax((1, 2)).min() > 0, f"{name}: an expert that worked learns nothing"
         assert got[name][-1].abs().max() == 0, f"{name}: an expert that did nothing learns"
 
 
-def test_no_tokens_at_all_give_zero_gradients_for_every_parameter(results_and_gradients):
-    got = results_and_gradients(lambda **i: (expert_mlp(**i, activation=squared_relu),), moe_inputs(T=0))
+@pytest.mark.parametrize("run", IMPLEMENTATIONS)
+def test_no_tokens_at_all_give_zero_gradients_for_every_parameter(run, results_and_gradients):
+    inputs = moe_inputs(T=0, width=8, dtype=torch.float32)
+    got = results_and_gradients(lambda **i: (IMPLEMENTATIONS[run](**i, activation=squared_relu),), inputs)
     assert got["out0"].shape == (0, 8)
     for name in ("d_up", "d_down"):
         assert got[name].abs().max() == 0, f"{name} is not zero without tokens"
 
 
-def test_the_handwritten_backward_passes_gradcheck():
+@pytest.mark.parametrize("run", ANY_TYPE)
+def test_the_handwritten_backward_passes_gradcheck(run):
     inputs = moe_inputs(T=4, D=3, E=3, width=2)
     ids = inputs.pop("expert_ids")
     tensors = [t.requires_grad_() for t in inputs.values()]
     assert torch.autograd.gradcheck(
-        lambda x, w, up, down: expert_mlp(x, ids, w, up, down, activation=lambda h: F.silu(h) * h), tensors
+        lambda x, w, up, down: IMPLEMENTATIONS[run](x, ids, w, up, down, activation=lambda h: F.silu(h) * h), tensors
     )
 
 
-def test_two_runs_are_equal_bit_by_bit(results_and_gradients):
+@pytest.mark.parametrize("run", IMPLEMENTATIONS)
+def test_two_runs_are_equal_bit_by_bit(run, results_and_gradients):
     inputs = moe_inputs(T=200, D=32, E=8, width=16, K=4, dtype=torch.bfloat16)
     first, second = (
-        results_and_gradients(lambda **i: (expert_mlp(**i, activation=squared_relu),), inputs) for _ in range(2)
+        results_and_gradients(lambda **i: (IMPLEMENTATIONS[run](**i, activation=squared_relu),), inputs)
+        for _ in range(2)
     )
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), f"{name} differs between two runs"
+
+
+def test_visits_are_sorted_by_expert_then_token_and_none_is_lost():
+    visits = sort_by_expert(torch.tensor([[2, 0], [0, 3], [2, 3]]), experts=5)
+    assert visits.order.tolist() == [1, 2, 0, 4, 3, 5], "visit t * K + k of token t"
+    assert visits.tokens.tolist() == [0, 1, 0, 2, 1, 2]
+    assert visits.place[visits.order].tolist() == [0, 1, 2, 3, 4, 5]
+    assert visits.ends.tolist() == [2, 2, 4, 6, 6]
+    assert visits.counts == [2, 0, 2, 2, 0]
+
+
+def test_the_grouped_path_never_waits_for_the_host():
+    """A meta tensor has no values: whatever asks for one raises, as it would stall a GPU."""
+    inputs = moe_inputs(T=64, D=16, width=24, dtype=torch.bfloat16)
+    leaves = {k: v.to("meta").requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
+    y = expert_mlp(**leaves, activation=squared_relu, backend="grouped")
+    y.backward(torch.empty_like(y))
+    assert all(leaf.grad is not None for leaf in leaves.values() if leaf.requires_grad)
+    with pytest.raises(RuntimeError, match="meta"):
+        expert_mlp(**leaves, activation=squared_relu, backend="torch")
+
+
+@pytest.mark.parametrize("run", ["segments", "grouped_mm"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_what_is_kept_for_the_backward_is_as_documented(run, gated):
+    """docs/moe.md: per visit the output of `up` in the type of the rows, a weight and two places; per token its row."""
+    T, D, E, width, K = 13, 8, 5, 8, 2
+    inputs = moe_inputs(T, D, E, width, K, dtype=torch.float32, gated=gated)
+    leaves = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()}
+    matrices = {leaves[name].data_ptr() for name in ("up", "down")}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        IMPLEMENTATIONS[run](**leaves, activation=gated_silu if gated else squared_relu)
+    size = sum(nbytes for pointer, nbytes in kept.items() if pointer not in matrices)
+    assert size == T * D * 4 + T * K * ((2 if gated else 1) * width * 4 + 4 + 16) + 4 * E
+
+
+@pytest.mark.parametrize(
+    "dtype, widths, capability, reason",
+    [
+        (torch.float32, (64, 64), (9, 0), "multiplies bfloat16 there, the experts compute in float32"),
+        (torch.bfloat16, (64, 36), (9, 0), "multiples of 8; 36 is none"),
+        (torch.bfloat16, (64, 64), (8, 0), "compute capability 9.0, it has 8.0"),
+        (torch.bfloat16, (64, 64), (10, 0), None),
+    ],
+)
+def test_what_keeps_grouped_mm_from_a_gpu_is_named(dtype, widths, capability, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = obstacle(dtype, widths, torch.device("cuda"))
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_a_backend_that_is_not_there_is_refused():
+    with pytest.raises(BackendError, match=r"no backend 'triton'. Legal: 'auto', 'grouped', 'torch'"):
+        expert_mlp(**moe_inputs(), activation=squared_relu, backend="triton")
+
+
+def test_bf16_products_have_few_heights_and_little_surplus():
+    heights = {usual_height(rows, torch.bfloat16) for rows in range(1, 4097)}
+    assert len(heights) < 100, "each is compiled once"
+    for rows in range(1, 4097):
+        assert rows <= usual_height(rows, torch.bfloat16) <= max(rows * 17 / 16, rows + 31)
+    assert usual_height(77, torch.float32) == 77
+
+
+def test_the_products_are_those_that_can_run_and_are_fast():
+    cpu, gpu, wide, odd = torch.device("cpu"), torch.device("cuda"), (64, 32), (64, 33)
+    assert products_for(torch.float32, wide, cpu) is GROUPED_MM
+    for dtype, widths in ((torch.float32, odd), (torch.float64, wide), (torch.bfloat16, wide)):
+        assert products_for(dtype, widths, cpu) is SEGMENTS, f"{dtype}, {widths}"
+    assert products_for(torch.bfloat16, wide, gpu) is GROUPED_MM

@@ -1,38 +1,11 @@
-"""The router against megatron-core's recorded decisions and a formula; the experts against one token at a time."""
+"""The choice of experts against a formula (see test_router.py for its losses); the experts against one token at a time."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nemohybrid.config.model import RouterConfig
 from nemohybrid.model import SequenceContext
-from nemohybrid.model.moe.router import Router
-
-MEGATRON = Path(__file__).parent / "fixtures" / "mcore_router.npz"
-CASES = {
-    "sigmoid_bias_k6": (6, RouterConfig(scaling_factor=2.5)),
-    "sigmoid_bias_groups": (4, RouterConfig(groups=4, top_groups=2)),
-    "softmax_post": (3, RouterConfig(score="softmax", expert_bias=False, normalize=True)),
-    "softmax_pre": (3, RouterConfig(score="softmax", expert_bias=False, normalize=False)),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_router_decides_as_megatron_core_does(case, tiny_config):
-    top_k, options = CASES[case]
-    recorded = np.load(MEGATRON)
-    router = Router(tiny_config("E", hidden_size=16, num_experts=16, moe_top_k=top_k, router=options))
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.eye(16))  # so that the input is the logits
-        if router.expert_bias is not None:
-            router.expert_bias.copy_(torch.from_numpy(recorded["bias"]))
-    ids, weights = router(torch.from_numpy(recorded["logits"]))
-    got = torch.zeros(64, 16).scatter(1, ids, weights)
-    assert torch.equal(got > 0, torch.from_numpy(recorded[f"{case}.map"])), "other experts are chosen"
-    torch.testing.assert_close(got, torch.from_numpy(recorded[f"{case}.probs"]), rtol=1e-6, atol=1e-7)
 
 
 def moe_of(tiny_model, **changes):

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_shape
+from nemohybrid_kernels.moe import products
+from nemohybrid_kernels.moe.grouped import expert_mlp_grouped
 from nemohybrid_kernels.moe.reference import expert_mlp_torch
-
-_BACKENDS = {"torch": Backend(expert_mlp_torch)}
 
 
 def expert_mlp(
@@ -25,15 +26,24 @@ def expert_mlp(
 
     x [T, D], any T >= 0; expert_ids [T, K] int64 in [0, E); expert_weights [T, K] fp32, which act between activation
     and down projection; up [E, F, D], or [E, 2F, D] where the activation gates and halves; down [E, D, F]; up and down
-    in x's type. `activation` maps the last dimension, row by row.
+    are cast to x's type. `activation` maps the last dimension, row by row.
 
     Returns y like x. Differentiable in x, expert_weights, up and down; an expert without tokens gets zero gradients,
-    not None. Deterministic: rows are sorted and gathered, never added by atomics. Raises BackendError, ShapeError.
+    not None. Deterministic: rows are sorted and gathered, never added by atomics.
+
+    backend: "grouped" sorts once, keeps little, and multiplies all experts together, on GPUs by torch's grouped_mm (bf16,
+    widths that are multiples of 8, Hopper or later); "torch" is its twin, a loop in plain autograd.
+    Raises BackendError, ShapeError.
     """
     (T, D), (E, _, F) = x.shape, down.shape
     check_shape("expert_weights", expert_weights, T=T, K=expert_ids.shape[-1])
     check_shape("expert_ids", expert_ids, T=T, K=expert_ids.shape[-1])
     check_shape("up", up, E=E, F=up.shape[1], D=D)
     check_shape("down", down, E=E, D=D, F=F)
-    run = choose("expert_mlp", backend, _BACKENDS, x.device)
+
+    def obstacle(device: torch.device) -> str | None:
+        return products.obstacle(x.dtype, (D, up.shape[1], F), device) if device.type == "cuda" else None
+
+    backends = {"grouped": Backend(expert_mlp_grouped, obstacle), "torch": Backend(expert_mlp_torch)}
+    run = choose("expert_mlp", backend, backends, x.device)
     return run(x, expert_ids, expert_weights, up, down, activation=activation)

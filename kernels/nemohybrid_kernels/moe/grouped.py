@@ -1,0 +1,70 @@
+"""The experts of a mixture in six products for all experts together, keeping little for the backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemohybrid_kernels.moe.activation import Activation, activate, activate_backward
+from nemohybrid_kernels.moe.products import Products, products_for
+from nemohybrid_kernels.moe.visits import Visits, sort_by_expert, sum_by_token
+
+# T tokens, D hidden, K experts of a token, n = T*K visits, E experts, F width of an expert
+
+
+def expert_mlp_grouped(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    activation: Activation,
+    products: Products | None = None,
+) -> Tensor:
+    """Arguments and result as in `nemohybrid_kernels.moe.expert_mlp`; twin: `reference.expert_mlp_torch`.
+
+    `products` None: what `products_for` finds; on GPUs nothing then waits for the host.
+
+    Kept for the backward pass besides the arguments: what `up` returned, [n, F] (2F when gated), and the order of the
+    visits. Sorted rows, activation and casts of the matrices are made again; nothing of the experts' outputs is kept,
+    because the router's weight acts before `down` (Megatron-Core MoE, arXiv 2603.07685).
+    """
+    if products is None:
+        products = products_for(x.dtype, (x.shape[1], up.shape[1], down.shape[2]), x.device)
+    visits = sort_by_expert(expert_ids, len(up))
+    return _Experts.apply(x, expert_weights, up, down, visits, activation, products)  # pyright: ignore[reportReturnType]
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights_TK: Tensor,
+        up: Tensor,
+        down: Tensor,
+        visits: Visits,
+        activation: Activation,
+        products: Products,
+    ) -> Tensor:
+        up_out = products.rows(x.index_select(0, visits.tokens), up.to(x.dtype).mT, visits)
+        hidden = activate(up_out, visits.by_place(weights_TK), activation, down.shape[2])
+        ctx.save_for_backward(x, weights_TK, up, down, up_out, visits.order, visits.place, visits.ends)
+        ctx.activation, ctx.products = activation, products
+        return sum_by_token(products.rows(hidden, down.to(x.dtype).mT, visits), visits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weights_TK, up, down, up_out, order, place, ends = ctx.saved_tensors
+        visits, products = Visits(order, place, ends, weights_TK.shape[1]), ctx.products
+        d_out = grads[0].index_select(0, visits.tokens)
+        hidden = products.rows(d_out, down.to(x.dtype), visits)  # its gradient, until the next line
+        d_up_out, d_weights = activate_backward(up_out, visits.by_place(weights_TK), hidden, ctx.activation)
+        d_down = products.matrices(d_out, hidden, visits).to(down.dtype)
+        del d_out, hidden  # here a step needs most memory
+        d_up = products.matrices(d_up_out, x.index_select(0, visits.tokens), visits).to(up.dtype)
+        d_x = sum_by_token(products.rows(d_up_out, up.to(x.dtype), visits), visits)
+        return d_x, d_weights.index_select(0, visits.place).view_as(weights_TK), d_up, d_down, None, None, None
