@@ -33,6 +33,13 @@ CASES = {
         ["model.head_dim=32, 34"],
         ["model.attention.position_embedding=rope", "model.head_dim=34"],
     ),
+    "input_norms_are_of_layers": (['model.no_input_norm="E"'], ["no layer of the pattern is 'E'", "some of M-*"], []),
+    "output_norms_are_of_layers": (['model.output_norm="E"'], ["no layer", "some of M-*"], ['model.output_norm="M*"']),
+    "something_is_normalised": (
+        ['model.no_input_norm="*"'],
+        ["model.attention.qk_norm=true", "model.attention.v_norm=true"],
+        ['model.no_input_norm="*"', "model.attention.qk_norm=true", "model.attention.v_norm=true"],
+    ),
     "top_k_of_experts": ([E, "model.moe_top_k=9"], ["model.moe_top_k=1 to 8"], [E, "model.moe_top_k=8"]),
     "one_expert_needs_its_score": (
         ["model=tiny_moe", "model.moe_top_k=1"],
@@ -98,6 +105,12 @@ CASES = {
     "optimizer_is_installed": (["optim=apex_adamw"], ["apex is not installed"], []),
     "wandb_is_installed": (["logging.wandb=true"], ["pip install 'nemohybrid[wandb]'"], []),
     "tensorboard_is_installed": (["logging.tensorboard=true"], ["pip install 'nemohybrid[tensorboard]'"], []),
+    "overlap_of_a_stream": (
+        ["data.valid_windows=documents", "data.valid_overlap=8"],
+        ["data.valid_overlap=0"],
+        ["data.valid_windows=documents", "data.valid_overlap=0"],
+    ),
+    "initial_weights_exist": (["init_from=absent"], ["give a checkpoint or a run folder"], ["init_from=."]),
     "resume_exists": (["resume=later"], ["auto, never"], ["resume=never"]),
 }
 

@@ -37,5 +37,11 @@ def test_what_an_older_version_did_not_record_about_data_may_be_anything():
     assert changed_settings({"data.sequence_length": 8}, {"data.sequence_length": 8, "data.corpora": [CORPUS]}) == []
 
 
+def test_an_option_that_an_older_version_did_not_have_may_stand_at_its_default():
+    now = {"model.output_norm": "", "model.attention.qk_norm": False}
+    assert changed_settings({}, now) == []
+    assert changed_settings({}, now | {"model.output_norm": "*"}) == ["model.output_norm:  -> *"]
+
+
 def test_what_a_newer_version_recorded_may_not_be_lost():
     assert changed_settings({"data.corpora": [CORPUS]}, {}) == [f"data.corpora: {[CORPUS]} -> None"]

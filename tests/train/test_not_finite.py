@@ -6,6 +6,7 @@ from torch import Tensor
 
 import nemohybrid.train.trainer as trainer_module
 from nemohybrid.errors import CheckpointError, TrainingError
+from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.run import run
@@ -22,7 +23,13 @@ def spoil(trainer: Trainer, way: str, row: Tensor, value: float) -> None:
     """From the trainer's second step on, put `value` into one entry of a layer's output, or of the gradient that comes
     back to it, in the microbatch that begins with the tokens of `row`."""
     current: list[Tensor] = []
-    trainer.model.register_forward_pre_hook(lambda _, args: current.__setitem__(slice(None), [args[0][0]]))
+    hidden_states = trainer.model.hidden_states
+
+    def remember(input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
+        current[:] = [input_ids[0]]
+        return hidden_states(input_ids, seq)
+
+    trainer.model.hidden_states = remember
 
     def spoilt(tensor: Tensor) -> Tensor:
         poison = torch.zeros_like(tensor)

@@ -176,10 +176,10 @@ def test_going_back_below_newer_checkpoints_is_refused(reference, start, tmp_pat
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(start, tmp_path, monkeypatch):
-    real = step_module.summed_loss
+    real = step_module.summed_losses
 
-    def poisoned(model, batch):
-        loss = real(model, batch)
+    def poisoned(model, *arguments, **options):
+        loss = real(model, *arguments, **options)
         return loss * float("nan") if model.steps_seen == 3 else loss
 
     def counted(trainer):
@@ -188,7 +188,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(st
 
     original = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", counted)
-    monkeypatch.setattr(step_module, "summed_loss", poisoned)
+    monkeypatch.setattr(step_module, "summed_losses", poisoned)
     with pytest.raises(TrainingError, match="step 3"):
         start("checkpoint.every=1")
     folder = tmp_path / "run"

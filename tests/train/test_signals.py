@@ -11,7 +11,7 @@ from nemohybrid.errors import REQUEUE
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.checkpointing import Checkpointer
-from nemohybrid.train.loss import summed_loss
+from nemohybrid.train.evaluation import score_batch
 from nemohybrid.train.run import run
 from nemohybrid.train.signals import SIGNALS, StopSignals
 from nemohybrid.train.trainer import Trainer
@@ -96,11 +96,11 @@ def test_a_signal_while_scoring_saves_at_once_and_the_score_is_made_up_for(comma
         if scoring:
             seen.append(saved(tmp_path / "run") if (tmp_path / "run" / "checkpoints").exists() else [])
             os.kill(os.getpid(), signal.SIGTERM)
-        return summed_loss(*arguments)
+        return score_batch(*arguments)
 
     overrides = [steps, "train.evaluate_every=2", "logging.picture=true"]
     with monkeypatch.context() as patch:
-        patch.setattr("nemohybrid.train.evaluation.summed_loss", loss)
+        patch.setattr("nemohybrid.train.evaluation.score_batch", loss)
         assert command(*overrides) == REQUEUE
     assert len(seen) == 1, "no second batch after the signal"
     assert (saved(tmp_path / "run"), scored(tmp_path / "run")) == (["step_00000002"], [])

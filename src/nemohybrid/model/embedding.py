@@ -16,7 +16,12 @@ def padded_vocabulary(config: ModelConfig) -> int:
 
 
 class VocabularyMatrix(nn.Module):
-    """[padded vocabulary, D], used as an embedding, as an output projection, or as both when they are tied."""
+    """[padded vocabulary, D], used as an embedding, as an output projection, or as both when they are tied.
+
+    Each use, and with MTP there are several a token, multiplies by a cast of its own, and takes its gradient back to fp32
+    before it is added to that of the others. One cast for all of them would add the gradients in bf16, where those of MTP,
+    a twentieth of the main one, get lost: Nemotron 3 Ultra diverged of that.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -97,12 +97,13 @@ class HybridModel(nn.Module):
     def forward_mtp(self, input_ids: Tensor, seq: SequenceContext | None = None) -> list[Tensor]:
         """input_ids [B, L] -> for each MTP depth k = 0, 1, ... logits [B, L-1-k, vocab_size].
 
-        Position t of depth k predicts token t + 2 + k, having seen those up to t + 1 + k. Empty without MTP.
+        Position t of depth k predicts token t + 2 + k, having seen those up to t + 1 + k. Empty without MTP; no position
+        where the row has none to predict.
         """
         batch, length = input_ids.shape
         seq = seq or SequenceContext(batch, length)
         hidden = self.mtp_hidden_states(self.hidden_states(input_ids, seq), input_ids, seq)
-        drafts = (h.view(batch, length, -1)[:, : length - 1 - k] for k, h in enumerate(hidden))
+        drafts = (h.view(batch, length, -1)[:, : max(0, length - 1 - k)] for k, h in enumerate(hidden))
         return [self.output.logits(draft) for draft in drafts]
 
     def mtp_hidden_states(self, hidden: Tensor, input_ids: Tensor, seq: SequenceContext) -> list[Tensor]:

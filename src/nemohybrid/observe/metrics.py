@@ -30,6 +30,8 @@ class MetricsWriter:
 
 
 def _known(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_known(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -53,12 +55,20 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def flat(record: "DataclassInstance") -> dict[str, Any]:
-    """A step or an evaluation as one level of names: `val_loss/web` is the `val_loss` of the set `web`."""
+    """A step or an evaluation as one level of names: `val_loss/web` is the `val_loss` of the set `web`.
+
+    `mtp_acceptance/1`, `mtp_acceptance/2`, ... are those of the MTP depths, `mtp_acceptance/1/web` that of a set.
+    """
     values: dict[str, Any] = asdict(record)
-    values |= values.pop("metrics", {})
-    for name, score in values.pop("sets", {}).items():
-        values |= {f"{key}/{name}": value for key, value in score.items()}
+    sets = values.pop("sets", {})
+    values |= values.pop("metrics", {}) | _by_depth(values)
+    for name, score in sets.items():
+        values |= {f"{key}/{name}": value for key, value in (score | _by_depth(score)).items()}
     return values
+
+
+def _by_depth(values: dict[str, Any]) -> dict[str, float]:
+    return {f"mtp_acceptance/{depth}": share for depth, share in enumerate(values.pop("mtp_acceptance", ()), 1)}
 
 
 def scalars(record: "DataclassInstance") -> dict[str, float]:

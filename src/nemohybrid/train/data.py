@@ -11,6 +11,7 @@ from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.data.bundled import prepare_bundled
 from nemohybrid.data.corpus import Corpus
+from nemohybrid.data.document_windows import CorpusDocuments, DocumentWindows
 from nemohybrid.data.mixture import Mixture
 from nemohybrid.data.sampler import document_ids
 from nemohybrid.data.split import split_corpora
@@ -60,8 +61,10 @@ class RunData:
         for corpus in [*sources.train, *sources.valid.values()]:
             corpus.check_tokenizer(self.tokenizer)
 
-    def _validation(self, corpus: Corpus) -> ValidationStream:
+    def _validation(self, corpus: Corpus) -> ValidationStream | DocumentWindows:
         length, overlap, tokenizer = self.config.data.sequence_length, self.config.data.valid_overlap, self.tokenizer
+        if self.config.data.valid_windows == "documents":
+            return DocumentWindows(CorpusDocuments(corpus, tokenizer.eod), length, tokenizer)
         return ValidationStream(
             corpus, length, tokenizer.token_bytes(), overlap, eod=tokenizer.eod, prefix_bytes=tokenizer.prefix_bytes()
         )
@@ -87,14 +90,17 @@ class RunData:
     def validation_batches(self, name: str, batch_size: int) -> Iterator[tuple[Batch, int]]:
         """This rank's share of the windows of one validation set, with the bytes of text each batch scores."""
         data = self.context.data
+        in_line = self.config.data.valid_windows == "stream"  # else the eod in front is context of its document
         for tokens, labels, mask, scored_bytes in self.valid[name].batches(batch_size, data.rank, data.size):
-            yield self._on_device(tokens, labels, mask), scored_bytes
+            yield self._on_device(tokens, labels, mask, in_line), scored_bytes
 
-    def _on_device(self, tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> Batch:
-        ids = document_ids(tokens, self.tokenizer.eod) if self.config.data.reset_documents else None
+    def _on_device(self, tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, several: bool = True) -> Batch:
+        """several: a row may hold more documents than one."""
+        eod = self.tokenizer.eod if several and self.config.data.reset_documents else None
+        ids = None if eod is None else document_ids(tokens, eod)
         if ids is not None and not ids.any():
             ids = None  # no border in any row: the cheaper path computes the same
-        return Batch(tokens, labels, mask, ids).to(self.context.device)
+        return Batch(tokens, labels, mask, ids, eod).to(self.context.device)
 
 
 def on_main_first(context: ParallelContext, action: Callable[[], T]) -> T:

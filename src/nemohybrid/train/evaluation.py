@@ -1,27 +1,40 @@
-"""Held-out loss, over the whole of every validation corpus."""
+"""Held-out loss and accepted drafts, over the whole of every validation corpus."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.mtp import shifted
 from nemohybrid.parallel.collectives import sum_over
+from nemohybrid.train.batch import Batch
 from nemohybrid.train.data import RunData
-from nemohybrid.train.loss import summed_loss
+from nemohybrid.train.loss import heads
+from nemohybrid_kernels.cross_entropy import cross_entropy
 
 
 @dataclass(frozen=True)
 class Score:
-    """val_loss in nats a token; val_bits_per_byte does not depend on the tokenizer."""
+    """val_loss in nats a token; val_bits_per_byte does not depend on the tokenizer.
+
+    mtp_acceptance: for each MTP depth the share of its targets at which its greedy draft is the token that the model itself
+    would choose after the true text, and so are all shallower drafts from the same position.
+    """
 
     val_loss: float
     val_bits_per_byte: float
+    mtp_acceptance: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        return f"loss {self.val_loss:.4f}, {self.val_bits_per_byte:.4f} bits per byte"
+        loss = f"loss {self.val_loss:.4f}, {self.val_bits_per_byte:.4f} bits per byte"
+        return loss + "".join(
+            f"{', drafts accepted' if depth == 0 else ''} {share:.1%}"
+            for depth, share in enumerate(self.mtp_acceptance)
+        )
 
 
 @dataclass(frozen=True)
@@ -32,12 +45,13 @@ class Evaluation:
     val_loss: float
     val_bits_per_byte: float
     sets: dict[str, Score] = field(default_factory=dict)
+    mtp_acceptance: tuple[float, ...] = ()
 
     @property
     def lines(self) -> list[str]:
         """In plain words: one line for all, one for each name."""
         width = max(map(len, self.sets), default=0)
-        whole = Score(self.val_loss, self.val_bits_per_byte)
+        whole = Score(self.val_loss, self.val_bits_per_byte, self.mtp_acceptance)
         return [f"validation {whole}", *(f"  {name:{width}}  {score}" for name, score in self.sets.items())]
 
 
@@ -55,19 +69,38 @@ def evaluate(
 
     `may_go_on` is asked before each batch, on all ranks equally often and with the same answer; None where it says no.
     """
-    totals = torch.zeros(len(data.valid), 3, dtype=torch.float64)  # nats, tokens, bytes
+    totals = torch.zeros(len(data.valid), 3 + 2 * model.mtp_depth, dtype=torch.float64)
     for row, name in enumerate(data.valid):
         for batch, scored_bytes in data.validation_batches(name, batch_size):
             if not may_go_on():
                 return None
-            nats, tokens = summed_loss(model, batch).item(), batch.loss_mask.sum().item()
-            totals[row] += torch.tensor([nats, tokens, scored_bytes], dtype=torch.float64)
+            totals[row] += torch.tensor([scored_bytes, *score_batch(model, batch).tolist()], dtype=torch.float64)
     totals = sum_over(totals.to(data.context.device), data.context.data).cpu()
     whole = _score(totals.sum(0))
     sets = {name: _score(row) for name, row in zip(data.valid, totals, strict=True) if name}
-    return Evaluation(step, whole.val_loss, whole.val_bits_per_byte, sets)
+    return Evaluation(step, whole.val_loss, whole.val_bits_per_byte, sets, whole.mtp_acceptance)
 
 
-def _score(totals: torch.Tensor) -> Score:
-    nats, tokens, scored_bytes = totals.tolist()
-    return Score(nats / tokens, nats / math.log(2) / scored_bytes if scored_bytes else math.nan)  # eods alone: no bytes
+def score_batch(model: HybridModel, batch: Batch) -> Tensor:
+    """[2 + 2 x MTP depths]: nats and number of the scored tokens, then accepted drafts and targets of each depth.
+
+    Position t of depth k drafts token t + k + 2 and has read the true ones before it, as the model has that chooses the
+    token at position t + k + 1.
+    """
+    (hidden, labels, mask), *drafts = heads(model, batch)
+    logits = model.output.logits(hidden)
+    losses = cross_entropy(logits, labels.flatten()).view_as(mask)
+    chosen = logits.argmax(-1).view_as(labels)
+    del logits  # those of one head at a time
+    sums, accepted = [(losses * mask).sum(), mask.sum()], torch.ones_like(mask)
+    for by, (draft, _, counted) in enumerate(drafts, 1):
+        accepted = accepted * (model.output.logits(draft).argmax(-1).view_as(labels) == shifted(chosen, by))
+        sums += [(accepted * counted).sum(), counted.sum()]
+    return torch.stack(sums)
+
+
+def _score(totals: Tensor) -> Score:
+    scored_bytes, nats, tokens, *drafts = totals.tolist()
+    bits = nats / math.log(2) / scored_bytes if scored_bytes else math.nan  # eods alone: no bytes
+    acceptance = (hits / of if of else math.nan for hits, of in zip(drafts[::2], drafts[1::2], strict=True))
+    return Score(nats / tokens, bits, tuple(acceptance))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nemohybrid.checkpoint.world import World
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.train.batch import Batch
-from nemohybrid.train.loss import summed_loss
+from nemohybrid.train.loss import summed_losses
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -36,15 +36,15 @@ def _on_this_rank(model: HybridModel, batch: Batch, microbatch: int) -> str:
         return f"weight {bad}, already before the step,"
     parts = list(batch.split(microbatch))
     for number, part in enumerate(parts, 1):
-        if found := _in_microbatch(model, part):
+        if found := _in_microbatch(model, part, part.tokens.shape[0] / batch.tokens.shape[0]):
             return f"{found} in microbatch {number} of {len(parts)}"
     return ""
 
 
-def _in_microbatch(model: HybridModel, part: Batch) -> str:
+def _in_microbatch(model: HybridModel, part: Batch, share: float) -> str:
     model.zero_grad(set_to_none=True)
     with _bad_outputs(model) as bad:
-        loss = summed_loss(model, part) / part.labels.numel()
+        loss = summed_losses(model, part, share).sum() / part.labels.numel()
     if bad:
         return f"the output of {bad[0]}"
     if not all_finite(loss):

@@ -36,7 +36,7 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
         folder = Path(config.run.dir)
         with only_job_in(folder) as notes:
             warnings = World().together(lambda: check_fits(config, context))
-            _say(context, *notes, _introduction(config, context), *warnings)
+            _say(context, *notes, _introduction(config, context), *warnings, *_for_benchmarks_only(config))
             trainer = Trainer(config, context, standard(config, context.is_main))
             _say(context, *_describe_data(trainer), *trainer.resume())
             if not trainer.is_complete:
@@ -91,6 +91,11 @@ def _introduction(config: RunConfig, context: ParallelContext) -> str:
         f"{config.train.steps} steps of {config.train.global_batch} x {config.data.sequence_length} tokens, "
         f"{config.model.dtype} on {context.world_size} x {context.device.type}, run folder {config.run.dir}"
     )
+
+
+def _for_benchmarks_only(config: RunConfig) -> list[str]:
+    forced = config.model.router.force_balance and "E" in config.model.pattern
+    return ["model.router.force_balance: experts do not learn what they are for. For benchmarks only"] if forced else []
 
 
 def _conclusion(trainer: Trainer, folder: Path) -> str:

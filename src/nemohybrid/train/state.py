@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemohybrid.config.run_config import RunConfig
 from nemohybrid.parallel.layout import logical_parameters
 from nemohybrid.train.optimizer import optimizer_tensors
 
@@ -42,8 +43,16 @@ def run_state(step: int, fixed: dict[str, Any]) -> dict[str, Any]:
 
 FIXED = ("run.seed", "data.sequence_length", "data.reset_documents", "train.global_batch", "train.batch_ramp", "model")
 """Changing one of these in the middle would change what the same step means."""
-FREE_IN_MODEL = ("name", "dtype", "chunk_size")
-"""Keys of `model` that do not change the parameters or what they mean."""
+FREE_IN_MODEL = (
+    "name",
+    "dtype",
+    "chunk_size",
+    "router.bias_update_rate",
+    "router.aux_loss",
+    "router.z_loss_weight",
+    "mtp.loss_weight",
+)
+"""Beginnings of keys of `model` that do not change the parameters or what they mean; some say how it is trained."""
 
 
 def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -57,9 +66,11 @@ def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
 def changed_settings(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between the fixed settings of a checkpoint and those of this run: `key: then -> now`, a line each.
 
-    A key of `data` that the checkpoint lacks was not recorded yet when it was written, and may be anything now.
+    A checkpoint of an older version lacks keys that are recorded now. One of `data` may then be anything; what a new option
+    does by default is what that version did.
     """
     unknown = {key for key in now.keys() - then.keys() if key.startswith("data.")}
+    then = {key: value for key, value in fixed_settings(RunConfig().as_dict()).items() if key in now} | then
     return [line for key in sorted({*then, *now} - unknown) for line in _changes(key, then.get(key), now.get(key))]
 
 

@@ -1,5 +1,7 @@
 """One optimizer step: microbatches, gradient sum over ranks, clipping, update."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +11,7 @@ from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import clip_gradients, sum_gradients
 from nemohybrid.train.batch import Batch
-from nemohybrid.train.loss import summed_loss
+from nemohybrid.train.loss import loss_weights, summed_losses, target_counts
 
 
 @dataclass
@@ -23,19 +25,30 @@ class StepResult:
     batch: int  # sequences of the global batch
     tokens: int  # of the run so far, all ranks
     seconds: float
-    metrics: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, float | list[float] | None] = field(default_factory=dict)
 
 
 def compute_gradients(model: HybridModel, batch: Batch, microbatch: int, context: ParallelContext) -> torch.Tensor:
-    """Leave the gradient of the mean loss over the global batch in every `.grad`; returns that loss (fp32 scalar)."""
-    count = sum_over(batch.loss_mask.sum(), context.data)
-    total = torch.zeros((), device=context.device)
+    """Leave the gradient of the training loss over the global batch in every `.grad`.
+
+    Returns the mean losses [1 + MTP depths] fp32 over the global batch: of the next token, then of each depth; NaN for a
+    depth that no row is long enough for. One backward pass a microbatch; gradients of all its losses add up in fp32.
+    """
+    counts = sum_over(target_counts(batch, model.mtp_depth), context.data)
+    weights = loss_weights(counts, model.config.mtp.loss_weight)
+    rows = batch.tokens.shape[0] * context.data.size
+    totals = torch.zeros_like(counts)
     for part in batch.split(microbatch):
-        loss = summed_loss(model, part) / count
-        loss.backward()
-        total += loss.detach()
+        sums = summed_losses(model, part, share=part.tokens.shape[0] / rows)
+        (sums * weights).sum().backward()
+        totals += sums.detach()
     sum_gradients(model.parameters(), context.data)
-    return sum_over(total, context.data)
+    return sum_over(totals, context.data) / counts
+
+
+def mtp_metrics(losses: Sequence[float]) -> dict[str, float | None]:
+    """`mtp_loss/1`, `mtp_loss/2`, ...: mean loss of each MTP depth, nats; None where there was nothing to predict."""
+    return {f"mtp_loss/{depth}": None if math.isnan(loss) else loss for depth, loss in enumerate(losses, 1)}
 
 
 def update(model: HybridModel, optimizer: torch.optim.Optimizer, clip: float | None, norm: torch.Tensor) -> None:

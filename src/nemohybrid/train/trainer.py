@@ -23,15 +23,17 @@ from nemohybrid.parallel.collectives import largest
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
 from nemohybrid.precision.gemm import bind
+from nemohybrid.train.balance import LoadBalance
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.checkpointing import Checkpointer
 from nemohybrid.train.data import RunData
 from nemohybrid.train.evaluation import Evaluation, evaluate, evaluation_is_due
 from nemohybrid.train.finite import first_bad_tensor
+from nemohybrid.train.initial import load_initial_weights
 from nemohybrid.train.optimizer import build_optimizer, set_learning_rate
 from nemohybrid.train.schedule import learning_rate
 from nemohybrid.train.signals import StopSignals
-from nemohybrid.train.step import StepResult, compute_gradients, update
+from nemohybrid.train.step import StepResult, compute_gradients, mtp_metrics, update
 
 if TYPE_CHECKING:
     from nemohybrid.train.callbacks.base import Callback
@@ -55,6 +57,7 @@ class Trainer:
         bind(self.model.modules(), config.precision.recipe)
         self.model.recompute = config.train.recompute == "layer"
         self.optimizer = build_optimizer(self.model, config.optim)
+        self.balance = LoadBalance(self.model, context)
         self.checkpoints = Checkpointer(config, context, self.data.tokenizer, self.data.identity())
         self.step = self.stopped_by = 0
         self.last_step = config.train.stop_at or config.train.steps
@@ -84,6 +87,7 @@ class Trainer:
                 if self.owes_evaluation:
                     self.evaluate()
                 while not (self.is_complete or self.stopped_by):
+                    self._tell("on_step_start", self)
                     self._tell("on_step_end", self, self.train_step())
             if not self.stopped_by:
                 self._tell("on_run_end", self)
@@ -116,22 +120,24 @@ class Trainer:
         lr = learning_rate(self.config, self.plan, step)
         set_learning_rate(self.optimizer, lr)
         batch = self.data.batch(step)
-        loss = compute_gradients(self.model, batch, self.microbatch, self.context)
+        losses = compute_gradients(self.model, batch, self.microbatch, self.context)
         norm = gradient_norm(self.model.parameters())
-        mean_loss, grad_norm = torch.stack(
-            [loss.float(), norm.float()]
-        ).tolist()  # the step waits for the device only here
+        numbers = torch.cat([norm.float().view(1), losses, self.balance.collect()])
+        grad_norm, mean_loss, *others = numbers.tolist()  # the step waits for the device only here
         finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
         # One agreement a step, of which a failure is the most urgent: a rank whose device fails may be the only one to see it.
         verdict = largest(self.signals.received if finite else NOT_FINITE, self.context)
         if verdict == NOT_FINITE:
             raise TrainingError(f"step {step}: {self._not_finite(batch, mean_loss, grad_norm)}")
         update(self.model, self.optimizer, self.config.optim.clip_grad_norm, norm)
+        self.balance.update_bias()
         self.step = step
         self.stopped_by = 0 if self.is_complete else verdict  # a run that is at its end just ends
         tokens = self.plan.samples_before(step + 1) * self.config.data.sequence_length
         seconds = time.perf_counter() - started
-        return StepResult(step, mean_loss, grad_norm, lr, self.plan.batch_at(step), tokens, seconds)
+        depths = self.model.mtp_depth
+        metrics = mtp_metrics(others[:depths]) | self.balance.metrics(others[depths:])
+        return StepResult(step, mean_loss, grad_norm, lr, self.plan.batch_at(step), tokens, seconds, metrics)
 
     def _not_finite(self, batch: Batch, loss: float, norm: float) -> str:
         """Collective."""
@@ -173,7 +179,7 @@ class Trainer:
         """Go on from the checkpoint that `resume` names. Returns what the user must know, in plain words."""
         path, notes = self.checkpoints.find()
         if path is None:
-            return notes
+            return [*notes, *load_initial_weights(self.config, self.model, self.data.tokenizer)]
         self.step = self.checkpoints.load(path, self.model, self.optimizer)
         self.last_saved = (self.step, path)
         self.owes_evaluation = World().on_first(self._owes_evaluation)

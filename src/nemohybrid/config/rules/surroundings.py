@@ -133,6 +133,16 @@ def overlap_in_window(now: Situation) -> Violation | None:
 
 
 @rule(RUN_RULES)
+def overlap_of_a_stream(now: Situation) -> Violation | None:
+    """Windows of single documents are placed as another program places them."""
+    data = now.config.data
+    if data.valid_windows == "stream" or not data.valid_overlap:
+        return None
+    where = f"data.valid_overlap={data.valid_overlap}"
+    return Violation(where, "has no meaning with data.valid_windows=documents", {"data.valid_overlap": "0"})
+
+
+@rule(RUN_RULES)
 def optimizer_is_installed(now: Situation) -> Violation | None:
     """The fused optimizers live in libraries of their own."""
     name = now.config.optim.name
@@ -161,6 +171,15 @@ def _not_installed(where: str, package: str, cure: str) -> Violation | None:
     if importlib.util.find_spec(package) is not None:
         return None
     return Violation(where, f"the package {package} is not installed: {cure}")
+
+
+@rule(RUN_RULES)
+def initial_weights_exist(now: Situation) -> Violation | None:
+    """`init_from` is a folder."""
+    folder = now.config.init_from
+    if folder is None or os.path.isdir(folder):  # noqa: PTH112 - a plain string
+        return None
+    return Violation(f"init_from={folder}", "no such folder; give a checkpoint or a run folder")
 
 
 @rule(RUN_RULES)

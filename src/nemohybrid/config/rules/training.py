@@ -68,6 +68,18 @@ def schedule_fits(now: Situation) -> Violation | None:
 
 
 @rule(RUN_RULES)
+def rows_long_enough_to_draft(now: Situation) -> Violation | None:
+    """A row of L tokens has L - d targets for the d-th MTP depth."""
+    depth, length = now.pattern.mtp_depth if now.pattern else 0, now.config.data.sequence_length
+    if length > depth:
+        return None
+    where = f"data.sequence_length={length}"
+    return Violation(
+        where, f"MTP depth {depth} has nothing to predict", {"data.sequence_length": f"{depth + 1} or more"}
+    )
+
+
+@rule(RUN_RULES)
 def clipping_leaves_something(now: Situation) -> Violation | None:
     """In other frameworks 0 means never; here it would scale every gradient to nothing."""
     if now.config.optim.clip_grad_norm != 0:
