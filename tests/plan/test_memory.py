@@ -10,10 +10,10 @@ from nemohybrid.model import HybridModel
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.plan import memory
 from nemohybrid.train.batch import Batch
-from nemohybrid.train.loss import summed_loss
+from nemohybrid.train.loss import summed_losses
 
 ROWS, LENGTH, VOCABULARY = 2, 256, 1024
-MODELS = ["model=quickstart", "model=tiny", "model=tiny_moe"]
+MODELS = ["model=quickstart", "model=tiny", "model=tiny_moe", "model=tiny_latent_mtp"]
 KINDS = [f'model.pattern="{symbol}"' for symbol in "M*-E"]
 
 
@@ -36,7 +36,7 @@ def kept_by_a_step(config: RunConfig, documents: bool) -> int:
     tokens = torch.zeros(ROWS, LENGTH, dtype=torch.long)
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.int32) if documents else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        summed_loss(model, Batch(tokens, tokens, torch.ones(ROWS, LENGTH), ids))
+        summed_losses(model, Batch(tokens, tokens, torch.ones(ROWS, LENGTH), ids))
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in ours)
 
 
@@ -65,6 +65,19 @@ def test_activations_grow_with_the_microbatch_alone():
     assert whole.fixed == split.fixed
     ratio = sum(whole.activations.values()) / sum(split.activations.values())
     assert 2.5 < ratio < 4.1, "four times the rows; casts of the weights stay"
+
+
+def test_experts_keep_what_their_visits_need_whatever_their_number():
+    """Eight times the experts, as many visits: only the router's numbers per token and expert may grow."""
+    few, many = (
+        memory.estimate(configured("model=tiny_moe", f"model.num_experts={experts}"), 1) for experts in (8, 64)
+    )
+    name = f"3 E layers, {ROWS} x {LENGTH} tokens"
+    growth = many.activations[name] - few.activations[name]
+    assert 0 < growth <= 3 * ROWS * LENGTH * (64 - 8) * 4 * 4, "casts of the experts' matrices are kept"
+    stacked = (64 - 8) * 128 * 128
+    passing = "backward of the largest layer"
+    assert many.activations[passing] - few.activations[passing] >= stacked * (2 * 2 + 4), "gradients of all experts"
 
 
 def test_weights_gradients_and_optimizer_are_exact():

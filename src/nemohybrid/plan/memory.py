@@ -17,12 +17,15 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nemohybrid.config.model import ModelConfig
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.mlp import fc1_outputs
+from nemohybrid.model.mtp import MTPBlock
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.symbols import parse_pattern
@@ -65,28 +68,61 @@ def estimate(config: RunConfig, data_ranks: int) -> MemoryEstimate:
 
 
 def _activations(model: HybridModel, config: RunConfig, rows: int) -> dict[str, int]:
-    length, pattern = config.data.sequence_length, parse_pattern(config.model.pattern).main
-    seq = SequenceContext(rows, length)
+    length, parsed = config.data.sequence_length, parse_pattern(config.model.pattern)
+    pattern, depths, seq = parsed.main, parsed.mtp_depth, SequenceContext(rows, length)
     x = torch.empty(seq.tokens, config.model.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
     stream = x.nbytes
-    kinds = {symbol: model.layers[pattern.index(symbol)] for symbol in dict.fromkeys(pattern)}
+    kinds = _one_of_each(model, pattern, parsed.mtp)
     kept = {symbol: _kept_for_backward(lambda layer=layer: layer(x, seq), model) for symbol, layer in kinds.items()}
     logits = seq.tokens * model.output.weight.shape[0] * x.element_size()
     head = _kept_for_backward(lambda: model.output.logits(model.final_norm(x)), model) + logits  # the loss keeps those
     mask = (
-        3 * rows * length**2 if "*" in pattern and config.data.reset_documents else 0
+        3 * rows * length**2 if "*" in pattern + parsed.mtp and config.data.reset_documents else 0
     )  # bool, and bf16 for the kernel
     where = f"{rows} x {length} tokens"
     largest = max(kept.values())
     if config.train.recompute == "layer":
         layers = {f"layer inputs, {where}": len(pattern) * stream, "one layer, computed again": largest}
+        block, heads = len(parsed.mtp) * stream, 1  # the logits of one head at a time
     else:
         layers = {
             f"{count} {symbol} layers, {where}": count * kept[symbol]
             for symbol, count in sorted(Counter(pattern).items())
         }
-    others = {"backward of the largest layer": 2 * largest, "logits, their gradient, the loss": head + logits}
+        block, heads = sum(kept[symbol] for symbol in parsed.mtp), 1 + depths
+    if depths:
+        layers[f"{depths} MTP depths, {where}"] = depths * (_kept_by_combining(model, x) + block)
+    passing = 2 * largest + (_passing_experts(config.model, seq.tokens, x.element_size()) if "E" in kinds else 0)
+    others = {"backward of the largest layer": passing, "logits, their gradient, the loss": heads * head + logits}
     return layers | others | ({"document mask": mask} if mask else {})
+
+
+def _one_of_each(model: HybridModel, main: str, mtp: str) -> dict[str, nn.Module]:
+    """Symbol -> a layer of it, of the model or else of its MTP part."""
+    layers = [*zip(main, model.layers, strict=True)]
+    for block in model.mtp[:1]:
+        assert isinstance(block, MTPBlock)
+        layers += zip(mtp, block.layers, strict=True)
+    return dict(reversed(layers))
+
+
+def _kept_by_combining(model: HybridModel, x: Tensor) -> int:
+    """What the entry of one MTP depth keeps: the next tokens' embeddings, and both halves of what `eh_proj` reads."""
+    block = model.mtp[0]
+    assert isinstance(block, MTPBlock)
+    return _kept_for_backward(lambda: block.combine(torch.empty_like(x).requires_grad_(), x), model)
+
+
+def _passing_experts(m: ModelConfig, tokens: int, itemsize: int) -> int:
+    """What the backward pass of experts makes, who keep little (nemohybrid_kernels/moe/grouped.py): the rows of all visits
+    twice at the width of the input and once within the experts; one of the stacked matrices cast, its gradient, and that
+    gradient in fp32."""
+    width, inner = (
+        m.moe_latent_size or m.hidden_size,
+        sum(fc1_outputs(m.activation, m.moe_ffn_hidden_size or 0).values()),
+    )
+    rows = tokens * m.moe_top_k * (2 * width + inner) * itemsize
+    return rows + m.num_experts * width * inner * (2 * itemsize + FP32)
 
 
 def _kept_for_backward(compute: Callable[[], Tensor], model: HybridModel) -> int:
@@ -106,14 +142,14 @@ def _kept_for_backward(compute: Callable[[], Tensor], model: HybridModel) -> int
 
 
 class _MetaStandIns(TorchFunctionMode):
-    """What has no meta form, or one that keeps more than the real kernels: fused attention, and counts of expert loads."""
+    """What has no meta form for every type, or one that keeps more than the real kernel: grouped products, attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _FusedAttention.apply(*args[:3])
-        if func is torch.Tensor.bincount:
-            visits, experts = args[0].numel(), kwargs["minlength"]
-            return torch.tensor([visits // experts] * (experts - 1) + [visits - visits // experts * (experts - 1)])
+        if func is F.grouped_mm:
+            rows, matrices = args
+            return rows.new_empty(len(rows), matrices.shape[2])
         return func(*args, **(kwargs or {}))
 
 
