@@ -20,6 +20,11 @@ OPTIONS = [
     "model.num_query_groups=1",
     "model.hidden_size=72",
     "model.mtp.repeat_block=false",
+    "model.attention.qk_norm=true",
+    "model.attention.v_norm=true",
+    "model.mamba_bc_norm=true",
+    "model.mamba_x_norm=true",
+    'model.output_norm="M*"',
     'model.pattern="EE"',
 ]
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.model.linear import COLUMN, ROW, Linear
 from nemohybrid.model.mixer import Mixer, mixer, residual_std
+from nemohybrid.model.norm import normed, optional_norm
 from nemohybrid.model.rope import rotate
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
@@ -31,6 +32,10 @@ class KeyValueCache:
         self.store[1, :, :, start : self.length] = values
         return self.store[0, :, :, : self.length], self.store[1, :, :, : self.length]
 
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens`."""
+        self.length -= tokens
+
     def _grow(self, like: Tensor) -> None:
         batch, heads, _, width = like.shape
         bigger = like.new_empty(2, batch, heads, 2 * self.length, width)
@@ -51,6 +56,10 @@ class Attention(Mixer):
         self.heads, self.groups = config.num_attention_heads or 0, config.num_query_groups or 0
         self.head_dim = config.head_dim or 0
         self.rope_theta = config.attention.rope_theta if config.attention.position_embedding == "rope" else None
+        self.softcap = config.attention.softcap
+        qk_norm, epsilon = config.attention.qk_norm, config.norm_epsilon
+        self.q_norm, self.k_norm = (optional_norm(qk_norm, self.head_dim, epsilon) for _ in "qk")
+        self.v_norm = optional_norm(config.attention.v_norm, self.head_dim, epsilon)
         q, kv = self.heads * self.head_dim, self.groups * self.head_dim
         self.qkv = Linear(
             config.hidden_size,
@@ -67,16 +76,40 @@ class Attention(Mixer):
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
         q, k, v = self._split_heads(self.qkv(x), seq)
+        q, k, v = normed(q, self.q_norm), normed(k, self.k_norm), normed(v, self.v_norm)
         if self.rope_theta is not None:
             positions = seq.positions(x.device)
             q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
         mask = seq.attention_mask(x.device)
         if seq.cache is not None:
             k, v = seq.cache.states.setdefault(self, KeyValueCache()).append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups < self.heads)
+        out = self._attend(q, k, v, mask)
         return self.out_proj(out.transpose(1, 2).reshape(seq.tokens, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.softcap is not None:
+            return capped_attention(q, k, v, mask, self.softcap)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups < self.heads
+        )
 
     def _split_heads(self, qkv: Tensor, seq: SequenceContext) -> tuple[Tensor, ...]:
         """[T, q+k+v] -> q [B, H, L, P], k and v [B, K, L, P]."""
         parts = torch.split(qkv.view(seq.batch, seq.length, -1), self.qkv.widths, dim=-1)
         return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float) -> Tensor:
+    """softmax(cap * tanh(scores / cap)) v (arXiv 2410.16682; Gemma 2): no score can grow beyond the cap.
+
+    q [B, H, L, P]; k, v [B, K, S, P]; mask [B or 1, 1, L, S], True where a token may look; None: causal, L = S. Returns
+    [B, H, L, P] in q's dtype. Fused attention knows no cap: scores [B, H, L, S] and softmax are made, and kept, in fp32.
+    """
+    groups, length, past_and_now = k.shape[1], q.shape[2], k.shape[2]
+    maths = torch.promote_types(q.dtype, torch.float32)
+    rows = q.unflatten(1, (groups, -1)).flatten(2, 3)  # the heads of a group side by side: keys are not repeated
+    scores = rows.to(maths) @ k.to(maths).transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = (cap * torch.tanh(scores / cap)).view(*q.shape[:2], length, past_and_now)
+    causal = torch.ones(length, past_and_now, dtype=torch.bool, device=q.device).tril_() if mask is None else mask
+    weights = scores.masked_fill(~causal, -torch.inf).softmax(-1).to(v.dtype)
+    return (weights.view(*rows.shape[:3], past_and_now) @ v).view(q.shape)

@@ -1,6 +1,8 @@
 """`M`: the Mamba-2 mixer (Dao & Gu 2024, section 7; numerics of Megatron-LM's mamba_mixer.py)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from nemohybrid.config.model import ModelConfig
 from nemohybrid.model.init import constant, inverse_softplus_dt, log_uniform_A, uniform
 from nemohybrid.model.linear import COLUMN, ROW, Linear
 from nemohybrid.model.mixer import Mixer, mixer, residual_std
-from nemohybrid.model.norm import GatedRMSNorm
+from nemohybrid.model.norm import GatedRMSNorm, normed, optional_norm
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import Piece, Shard, parameter
@@ -22,10 +24,46 @@ from nemohybrid_kernels.ssd import ssd_scan
 
 @dataclass
 class MambaState:
-    """All a Mamba-2 layer remembers while generating, the same size after any number of tokens."""
+    """All a Mamba-2 layer remembers while generating, the same size after any number of tokens.
+
+    A state cannot be run backwards. Where tokens may be taken back, it can be made once more from the first tokens of the
+    last call: convolution and scan are repeated for those that stay, the projections are not.
+    """
 
     conv: Tensor  # [B, kernel - 1, C] the last inputs of the convolution
     ssm: Tensor  # [B, H, P, N] fp32
+    after: "Callable[[int], MambaState] | None" = None  # the first tokens of the last call -> the state after them
+    fed: int = 0  # tokens of the last call
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens` of the last call."""
+        assert self.after is not None, "the cache was not rewindable when these tokens were fed"
+        assert tokens <= self.fed, f"{tokens} tokens are to be taken back, but the last call fed {self.fed}"
+        self.fed -= tokens
+        state = self.after(self.fed)
+        self.conv, self.ssm = state.conv, state.ssm
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call gives the recurrence: the projections of its tokens, their documents, and the past."""
+
+    xbc: Tensor  # [B, L, C] before the convolution
+    dt: Tensor  # [B, L, H] raw
+    ids: Tensor | None  # [B, L]
+    past: MambaState | None
+    goes_on: Tensor | None  # [B] False where the past is of another document; None: it goes on in every row
+
+    def before(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where convolution and scan begin: the past, zeroed in rows where a new document begins with these tokens."""
+        if self.past is None or self.goes_on is None:
+            return (self.past.conv, self.past.ssm) if self.past else (None, None)
+        return self.past.conv * self.goes_on[:, None, None], self.past.ssm * self.goes_on[:, None, None, None]
+
+    def first(self, tokens: int) -> "Call":
+        """The call, had it ended after `tokens`."""
+        ids = None if self.ids is None else self.ids[:, :tokens]
+        return replace(self, xbc=self.xbc[:, :tokens], dt=self.dt[:, :tokens], ids=ids)
 
 
 class CausalConv(nn.Module):
@@ -37,9 +75,9 @@ class CausalConv(nn.Module):
         self.weight = parameter(*(Piece(n, (w, kernel), init) for n, w in widths.items()), shard=shard)
         self.bias = parameter(*(Piece(n, (w,), init) for n, w in widths.items()), shard=shard) if bias else None
 
-    def forward(self, x: Tensor, seq: SequenceContext, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, L, C] and the inputs before it -> the same shape, and the last inputs."""
-        return causal_conv1d(x, self.weight, self.bias, document_ids=seq.document_ids, initial_state=past)
+    def forward(self, x: Tensor, ids: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, L, C], its document ids and the inputs before it -> the same shape, and the last inputs."""
+        return causal_conv1d(x, self.weight, self.bias, document_ids=ids, initial_state=past)
 
 
 @mixer("M", "Mamba-2")
@@ -72,6 +110,9 @@ class Mamba2(Mixer):
         self.A_log = parameter(Piece("", (heads,), log_uniform_A()), shard=per_head)
         self.D = parameter(Piece("", (heads,), constant(1.0)), shard=per_head)
         self.dt_bias = parameter(Piece("", (heads,), dt_init), shard=per_head)
+        state, epsilon = config.ssm_state_size, config.norm_epsilon
+        self.B_norm, self.C_norm = (optional_norm(config.mamba_bc_norm, state, epsilon) for _ in "BC")
+        self.x_norm = optional_norm(config.mamba_x_norm, head_dim, epsilon)
         self.norm = GatedRMSNorm(inner, config.mamba_num_groups, config.norm_epsilon)
         self.out_proj = Linear(
             inner, config.hidden_size, role="out_proj", std=residual_std(config), bias=config.linear_bias, shard=ROW
@@ -81,36 +122,48 @@ class Mamba2(Mixer):
         """x [T, D] -> [T, D]."""
         zxbcdt = self.in_proj(x).view(seq.batch, seq.length, -1)
         z, xbc, dt = zxbcdt.split([self.inner, sum(self.in_proj.widths[1:4]), self.heads], dim=-1)
-        past = self._past(seq)
-        xbc, conv_state = self.conv(xbc, seq, past and past.conv)
-        y, ssm_state = self._scan(xbc, self.time_steps(dt), seq, past and past.ssm)
+        call = Call(xbc, dt, seq.document_ids, self._past(seq), seq.goes_on())
+        y, state = self._recur(call)
         if seq.cache is not None:
-            seq.cache.states[self] = MambaState(conv_state, ssm_state)
+            seq.cache.states[self] = state
+            if seq.cache.rewindable:
+                state.fed, state.after = seq.length, partial(self._state_after, call)
         return self.out_proj(self.norm(y, z).reshape(seq.tokens, -1))
 
     def _past(self, seq: SequenceContext) -> MambaState | None:
-        """What the cache remembers, zeroed in rows where a new document begins with these tokens."""
+        """What the cache remembers, without its `after`: a chain of them would hold on to all that was ever fed."""
         past = seq.cache.states.get(self) if seq.cache else None
-        goes_on = seq.goes_on()
-        if past is None or goes_on is None:
-            return past
-        return MambaState(past.conv * goes_on[:, None, None], past.ssm * goes_on[:, None, None, None])
+        return past and MambaState(past.conv, past.ssm)
+
+    def _recur(self, call: Call) -> tuple[Tensor, MambaState]:
+        """y [B, L, I] of a call, and the state after it."""
+        conv, ssm = call.before()
+        xbc, conv = self.conv(call.xbc, call.ids, conv)
+        y, ssm = self._scan(xbc, self.time_steps(call.dt), call.ids, ssm)
+        return y, MambaState(conv, ssm)
+
+    def _state_after(self, call: Call, tokens: int) -> MambaState:
+        """The state after the first `tokens` of a call."""
+        if tokens > 0:
+            return self._recur(call.first(tokens))[1]
+        assert call.past is not None, "a cache that has seen nothing has no states"
+        return call.past
 
     def time_steps(self, dt: Tensor) -> Tensor:
         """Raw dt [B, L, H] -> positive fp32 steps, clamped only where the configuration asks for it."""
         dt = F.softplus(dt.float() + self.dt_bias.float())
         return dt if self.dt_limit is None else dt.clamp(*self.dt_limit)
 
-    def _scan(self, xbc: Tensor, dt: Tensor, seq: SequenceContext, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scan(self, xbc: Tensor, dt: Tensor, ids: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
         x, B, C = xbc.split(self.in_proj.widths[1:4], dim=-1)
         y, state = ssd_scan(
-            x.unflatten(-1, (self.heads, -1)),
+            normed(x.unflatten(-1, (self.heads, -1)), self.x_norm),
             dt,
             -torch.exp(self.A_log.float()),
-            B.unflatten(-1, (self.groups, -1)),
-            C.unflatten(-1, (self.groups, -1)),
+            normed(B.unflatten(-1, (self.groups, -1)), self.B_norm),
+            normed(C.unflatten(-1, (self.groups, -1)), self.C_norm),
             self.D.float(),
-            document_ids=seq.document_ids,
+            document_ids=ids,
             initial_state=past,
             chunk_size=self.chunk_size,
         )

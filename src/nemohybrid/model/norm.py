@@ -20,6 +20,16 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.epsilon)
 
 
+def optional_norm(wanted: bool, width: int, epsilon: float) -> RMSNorm | None:
+    """A norm that a configuration may switch off."""
+    return RMSNorm(width, epsilon) if wanted else None
+
+
+def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
+    """norm(x), or x where the norm is switched off."""
+    return x if norm is None else norm(x)
+
+
 class GatedRMSNorm(nn.Module):
     """RMSNorm of `x * silu(z)` within groups of channels (Mamba-2: the gate comes before the norm)."""
 

@@ -7,16 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemohybrid.errors import DataError
+from nemohybrid.errors import ConfigError, DataError
 
 
 @dataclass
 class DecodeCache:
-    """State carried from one call to the next while generating: one entry a mixer, of whatever that mixer needs."""
+    """State carried from one call to the next while generating: one entry a mixer, of whatever that mixer needs.
+
+    While `rewindable`, the tokens of the last call can be taken back. An entry then needs a method `rewind(tokens)`, after
+    which it is what it would be had it never seen the last `tokens` of every row. It is called for no more of them than the
+    last call fed, perhaps in portions; what that takes need not be kept while `rewindable` is off.
+    """
 
     length: int = 0
     document_ids: Tensor | None = None  # [B, length] of all tokens so far; None: one document a row
     states: dict[nn.Module, Any] = field(default_factory=dict)
+    rewindable: bool = False
+
+    def check_rewindable(self) -> None:
+        """Raises ConfigError when a mixer keeps something here that has no `rewind`, naming it."""
+        for module, state in self.states.items():
+            if not hasattr(state, "rewind"):
+                raise ConfigError(
+                    f"a draft cannot be taken back from {type(module).__name__}: what it keeps while generating, "
+                    f"a {type(state).__name__}, has no `rewind`. Legal: generate without speculative decoding"
+                )
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens` of every row: 0 to what the last call fed while `rewindable`. Raises ConfigError."""
+        self.check_rewindable()
+        assert 0 <= tokens <= self.length
+        if tokens == 0:
+            return
+        self.length -= tokens
+        if self.length == 0:
+            self.document_ids, self.states = None, {}
+        if self.document_ids is not None:
+            self.document_ids = self.document_ids[:, : self.length]
+        for state in self.states.values():
+            state.rewind(tokens)
 
 
 @dataclass

@@ -12,6 +12,7 @@ products of the same size backward). Two columns:
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.symbols import parse_pattern
@@ -53,7 +54,8 @@ def mamba_cost(m: ModelConfig) -> Cost:
     projections = h * (2 * inner + 2 * shared + heads) + inner * h
     convolution = (inner + 2 * shared) * (m.conv_kernel + m.conv_bias)
     biases = (2 * inner + 2 * shared + heads + h) * m.linear_bias
-    parameters = projections + convolution + biases + 3 * heads + inner + h
+    norms = inner + 2 * state * m.mamba_bc_norm + width * m.mamba_x_norm
+    parameters = projections + convolution + biases + 3 * heads + norms + h
     scan = groups * chunk * state + heads * (chunk * width + 4 * width * state)
     flops = 2 * projections + 2 * m.conv_kernel * (inner + 2 * shared) + scan
     assumed = 2 * h  # Megatron's inner width
@@ -66,7 +68,8 @@ def attention_cost(m: ModelConfig, sequence_length: int) -> Cost:
     h, width = m.hidden_size, m.head_dim or 0
     q, kv = (m.num_attention_heads or 0) * width, (m.num_query_groups or 0) * width
     projections = h * (q + 2 * kv) + q * h
-    parameters = projections + (q + 2 * kv + h) * m.linear_bias + h
+    norms = width * (2 * m.attention.qk_norm + m.attention.v_norm)
+    parameters = projections + (q + 2 * kv + h) * m.linear_bias + norms + h
     flops = 2 * projections + 2 * sequence_length * q
     return Cost(parameters, parameters, flops, flops)
 
@@ -100,10 +103,16 @@ def moe_cost(m: ModelConfig) -> Cost:
 
 def layer_cost(symbol: str, m: ModelConfig, sequence_length: int) -> Cost:
     """Any layer of the published kinds; a symbol of your own costs nothing until it is added here."""
-    if symbol == "*":
-        return attention_cost(m, sequence_length)
-    known = {"M": mamba_cost, "-": mlp_cost, "E": moe_cost}
-    return known[symbol](m) if symbol in known else Cost()
+    known = {
+        "M": mamba_cost,
+        "-": mlp_cost,
+        "E": moe_cost,
+        "*": partial(attention_cost, sequence_length=sequence_length),
+    }
+    if symbol not in known:
+        return Cost()
+    norms = m.hidden_size * ((symbol in m.output_norm) - (symbol in m.no_input_norm))  # more or less than the usual one
+    return known[symbol](m) + Cost(norms, norms)
 
 
 def costs_by_part(m: ModelConfig, sequence_length: int) -> dict[str, Cost]:
