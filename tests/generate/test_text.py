@@ -1,20 +1,14 @@
 """From prompts to text, and from a checkpoint to a model that writes it."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from nemohybrid.__main__ import main
-from nemohybrid.checkpoint import save_checkpoint
-from nemohybrid.config.run_config import RunConfig
-from nemohybrid.config.yaml import config_yaml
 from nemohybrid.data.tokenizer import ByteTokenizer, StreamingDecoder
 from nemohybrid.errors import CheckpointError, DataError
 from nemohybrid.generate.engine import encode_prompt, generate_text, generate_tokens, stream_tokens
 from nemohybrid.generate.load import load_for_inference
 from nemohybrid.generate.sampling import Sampling
-from nemohybrid.parallel.layout import logical_parameters
 
 WARM, GREEDY = Sampling(temperature=1.0), Sampling(temperature=0)
 TOKENIZER = ByteTokenizer()
@@ -92,16 +86,8 @@ def test_streaming_prints_whole_characters_only():
 
 
 @pytest.fixture(scope="module")
-def run_folder(model, tmp_path_factory):
-    """A run folder with one checkpoint of `model`, such as training leaves behind."""
-    folder = tmp_path_factory.mktemp("run")
-    tensors = logical_parameters(model) | dict(model.named_buffers())
-    TOKENIZER.save(folder)
-    config = RunConfig(model=dataclasses.replace(model.config))
-    extra = {"config.yaml": config_yaml(config), "tokenizer.json": folder / "tokenizer.json"}
-    saved = {f"model.{name}": tensor for name, tensor in tensors.items()} | {"optimizer.step": torch.tensor(3)}
-    save_checkpoint(folder / "checkpoints", 3, saved, {"step": 3}, extra)
-    return folder
+def run_folder(model, save_run, tmp_path_factory):
+    return save_run(model, tmp_path_factory.mktemp("run"))
 
 
 def test_a_run_folder_or_checkpoint_gives_the_model_back(model, run_folder, token_rows):

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 EXAMPLE = """example:
@@ -25,6 +27,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as it was trained")
+    p.add_argument(
+        "--speculative",
+        nargs="?",
+        type=_positive,
+        const=0,
+        metavar="N",
+        help="draft N tokens a step with the MTP blocks (default: their depths), for a batch prompt by prompt",
+    )
     p.add_argument("--no-stream", action="store_true", help="print when all is done; a batch is never streamed")
     return p
 
@@ -38,34 +48,59 @@ def _positive(text: str) -> int:
 def main(argv: list[str]) -> int:
     """Load, generate, print."""
     options = parser().parse_args(argv)
-    from nemohybrid.generate.engine import generate_text
     from nemohybrid.generate.load import load_for_inference
     from nemohybrid.generate.sampling import Sampling
     from nemohybrid.parallel.context import choose_device
 
     sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_k, options.top_p)
     model, tokenizer = load_for_inference(options.checkpoint, choose_device(options.device, 0), options.dtype)
-    if len(options.prompt) == 1 and not options.no_stream:
-        _stream(model, tokenizer, options, sampling)
-        return 0
-    texts = generate_text(model, tokenizer, options.prompt, options.max_new_tokens, sampling, options.seed)
-    for number, text in enumerate(texts, 1):
-        print(f"----- {number} -----\n{text}" if len(texts) > 1 else text)
+    write = _plain if options.speculative is None else _speculative
+    write(model, tokenizer, options, sampling)
     return 0
 
 
-def _stream(model, tokenizer, options: argparse.Namespace, sampling) -> None:
+def _plain(model, tokenizer, options: argparse.Namespace, sampling) -> None:
+    """All prompts in one batch, a token at a time."""
+    from nemohybrid.generate.engine import encode_prompt, generate_text, stream_tokens
+
+    if _streams(options):
+        prompts = [encode_prompt(tokenizer, prompt) for prompt in options.prompt]
+        tokens = stream_tokens(model, prompts, options.max_new_tokens, sampling, options.seed)
+        _print_stream(options.prompt[0], tokenizer, takewhile(tokenizer.eod.__ne__, (token for (token,) in tokens)))
+    else:
+        _print_all(generate_text(model, tokenizer, options.prompt, options.max_new_tokens, sampling, options.seed))
+
+
+def _speculative(model, tokenizer, options: argparse.Namespace, sampling) -> None:
+    """Prompt by prompt, several tokens a step; what became of the drafts goes to stderr."""
+    from nemohybrid.generate.engine import encode_prompt
+    from nemohybrid.generate.speculative import SpeculativeDecoder
+
+    decoder = SpeculativeDecoder(model, sampling, options.speculative or None, options.seed)
+    if _streams(options):
+        prompt = encode_prompt(tokenizer, options.prompt[0])
+        _print_stream(options.prompt[0], tokenizer, decoder.stream(prompt, options.max_new_tokens, tokenizer.eod))
+    else:
+        _print_all(decoder.texts(tokenizer, options.prompt, options.max_new_tokens))
+    print(f"speculative decoding: {decoder.acceptance}", file=sys.stderr)
+
+
+def _streams(options: argparse.Namespace) -> bool:
+    return len(options.prompt) == 1 and not options.no_stream
+
+
+def _print_all(texts: list[str]) -> None:
+    for number, text in enumerate(texts, 1):
+        print(f"----- {number} -----\n{text}" if len(texts) > 1 else text)
+
+
+def _print_stream(prompt: str, tokenizer, tokens: Iterator[int]) -> None:
     """Print each character as soon as its bytes are complete."""
     from nemohybrid.data.tokenizer import StreamingDecoder
-    from nemohybrid.generate.engine import encode_prompt, stream_tokens
 
-    (prompt,) = options.prompt
     print(prompt, end="", flush=True)
     decoder = StreamingDecoder(tokenizer)
-    tokens = stream_tokens(model, [encode_prompt(tokenizer, prompt)], options.max_new_tokens, sampling, options.seed)
-    for (token,) in tokens:
-        if token == tokenizer.eod:
-            break
+    for token in tokens:
         sys.stdout.write(decoder.push(token))
         sys.stdout.flush()
     print(decoder.finish())

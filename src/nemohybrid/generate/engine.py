@@ -11,7 +11,7 @@ from nemohybrid.generate.sampling import Sampling
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.sequence import DecodeCache, SequenceContext
 
-# B batch, L length, V vocabulary
+# B batch, L length, D hidden, V vocabulary
 
 
 class Decoder:
@@ -27,14 +27,18 @@ class Decoder:
         self.device = model.embedding.weight.device
 
     @torch.no_grad()
-    def feed(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """tokens [B, L] that follow what was fed before -> logits [B, V] of what comes next.
+    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """tokens [B, L] that follow what was fed before -> hidden states [B, L, D].
 
         Without `document_ids` every row goes on with its last document.
         """
         seq = SequenceContext(*tokens.shape, document_ids=document_ids, cache=self.cache)
-        hidden = self.model.hidden_states(tokens, seq).view(*tokens.shape, -1)
-        return self.model.output.logits(hidden[:, -1])
+        return self.model.hidden_states(tokens, seq).view(*tokens.shape, -1)
+
+    @torch.no_grad()
+    def feed(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """tokens [B, L] as above -> logits [B, V] of what comes next."""
+        return self.model.output.logits(self.hidden_states(tokens, document_ids)[:, -1])
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Feed all prompts at once -> logits [B, V]."""
@@ -51,8 +55,7 @@ def stream_tokens(
     model: HybridModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[list[int]]:
     """Yield the next token of every prompt, `max_new_tokens` times. Raises DataError for an empty prompt."""
-    if not prompts or not all(prompts):
-        raise DataError("every prompt needs at least one token")
+    check_prompts(prompts)
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(model)
     logits = decoder.prefill(prompts)
@@ -82,6 +85,12 @@ def generate_tokens(
         if all(ended):
             break
     return rows
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raises DataError when there is no prompt, or an empty one."""
+    if not prompts or not all(prompts):
+        raise DataError("every prompt needs at least one token")
 
 
 def generate_text(
