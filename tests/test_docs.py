@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemohybrid.__main__ import COMMANDS
-from nemohybrid.cli import data, generate
+from nemohybrid.cli import data, export_hf, from_megatron, generate, import_hf, sweep_lr
 from nemohybrid.cli.train import HYDRA_FLAGS, SWEEP_FLAGS
 from nemohybrid.config.check import find_field
 from nemohybrid.config.overrides import usable_overrides
@@ -29,7 +29,14 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 TABLE_KEY = re.compile(r"^\| ((?:`[^`]+`(?:, )?)+)", re.MULTILINE)
 FLAGS_WITH_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p")
-PARSERS = {"generate": generate.parser, "data": data.build_parser}
+PARSERS = {
+    "generate": generate.parser,
+    "data": data.build_parser,
+    "from-megatron": from_megatron.build_parser,
+    "import-hf": import_hf.parser,
+    "export-hf": export_hf.parser,
+    "sweep-lr": sweep_lr.parser,
+}
 
 
 def name_of(page: Path) -> str:

@@ -10,7 +10,11 @@ COMMANDS = {
     "train": "train or resume a model:  nemohybrid train experiment=quickstart optim.lr=1e-3",
     "generate": "continue prompts:         nemohybrid generate --checkpoint runs/quickstart --prompt 'ROMEO.'",
     "params": "count a model:            nemohybrid params model=nemotron_h_8b",
+    "import-hf": "weights of others:        nemohybrid import-hf --input FOLDER --output runs/imported",
+    "export-hf": "weights for others:       nemohybrid export-hf --checkpoint runs/quickstart --output FOLDER",
+    "from-megatron": "translate arguments:      nemohybrid from-megatron pretrain_hybrid.sh",
     "data": "prepare corpora:          nemohybrid data prepare --input text.txt --output corpus",
+    "sweep-lr": "what bears which rate:    nemohybrid sweep-lr model=tiny data=shakespeare --lrs 1e-2 1e-1 --output DIR",
 }
 
 
@@ -28,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"nemohybrid: no command {command!r}{did_you_mean(command, COMMANDS)}\n\n{_help()}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"nemohybrid.cli.{command}").main(rest)
+        return importlib.import_module(f"nemohybrid.cli.{command.replace('-', '_')}").main(rest)
     except (NemohybridError, BackendError) as error:
         print(f"nemohybrid {command}: {error}", file=sys.stderr)
         return 1
@@ -45,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:13} {what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: nemohybrid COMMAND ...", *lines, "", "nemohybrid COMMAND --help says more about each."])
 
 
