@@ -4,7 +4,6 @@ Every function here runs in a process of its own, which holds one side and waits
 """
 
 import gc
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import torch
 
 if TYPE_CHECKING:
     from nemohybrid.config.run_config import RunConfig
-    from nemohybrid.model.hybrid import HybridModel
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
 OVERRIDES = (
@@ -92,12 +90,13 @@ def prepare(folder: str, steps: int, overrides: Sequence[str] = ()) -> dict[str,
 
     Returns the sizes that the report names.
     """
+    from nemohybrid.interop.hf import save_hf
     from nemohybrid.parallel.context import ParallelContext
     from nemohybrid.train.trainer import Trainer
 
     config = our_config(folder, overrides)
     trainer = Trainer(config, ParallelContext.single(), [])
-    save_nemotron_h(trainer.model, Path(folder) / "hf")
+    save_hf(trainer.model, Path(folder) / "hf")
     batches = (trainer.data.batch(step) for step in range(1, steps + 1))
     tokens = [torch.cat([b.tokens, b.labels[:, -1:]], dim=1).numpy() for b in batches]
     np.save(Path(folder) / "tokens.npy", np.stack(tokens))
@@ -107,48 +106,6 @@ def prepare(folder: str, steps: int, overrides: Sequence[str] = ()) -> dict[str,
         "hidden_size": config.model.hidden_size,
         "batch": config.train.global_batch,
         "sequence_length": config.data.sequence_length,
-    }
-
-
-def save_nemotron_h(model: "HybridModel", folder: Path) -> None:
-    """`config.json` and `model.safetensors`, as transformers writes them for this model."""
-    from safetensors.torch import save_file
-
-    from nemohybrid.interop.hf import disk_views
-
-    tensors = {name: torch.cat(parts).detach().contiguous() for name, parts in disk_views(model).items()}
-    tensors = {n: t.unsqueeze(1) if n.endswith("conv1d.weight") else t for n, t in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(nemotron_h_config(model), indent=2))
-
-
-def nemotron_h_config(model: "HybridModel") -> dict[str, Any]:
-    """Fields of transformers' NemotronHConfig for a dense model of ours."""
-    m = model.config
-    return {
-        "model_type": "nemotron_h",
-        "architectures": ["NemotronHForCausalLM"],
-        "hybrid_override_pattern": m.pattern,
-        "vocab_size": m.vocab_size,
-        "hidden_size": m.hidden_size,
-        "num_attention_heads": m.num_attention_heads,
-        "num_key_value_heads": m.num_query_groups,
-        "head_dim": m.head_dim,
-        "intermediate_size": m.ffn_hidden_size,
-        "mamba_num_heads": m.mamba_num_heads,
-        "mamba_head_dim": m.mamba_head_dim,
-        "n_groups": m.mamba_num_groups,
-        "ssm_state_size": m.ssm_state_size,
-        "conv_kernel": m.conv_kernel,
-        "use_conv_bias": m.conv_bias,
-        "layer_norm_epsilon": m.norm_epsilon,
-        "tie_word_embeddings": m.tie_embeddings,
-        "time_step_min": 1e-30,  # transformers takes it for a floor of the time steps in training; we have none
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "use_cache": False,
     }
 
 
@@ -162,7 +119,11 @@ class Peer:
         from transformers import NemotronHForCausalLM
 
         self.model: Any = NemotronHForCausalLM.from_pretrained(
-            Path(folder) / "hf", chunk_size=chunk_size, attn_implementation=attention, dtype=torch.float32
+            Path(folder) / "hf",
+            chunk_size=chunk_size,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            use_cache=False,
         ).train()
         self.optimizer = fused_adamw(self.model)
         self.batches: Iterator[np.ndarray] = iter(np.load(Path(folder) / "tokens.npy", mmap_mode="r"))

@@ -1,4 +1,4 @@
-"""The two folders that transformers wrote, and copies of them to spoil."""
+"""The folders that transformers wrote, and copies of them to spoil."""
 
 import json
 import shutil
@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@pytest.fixture(scope="session", params=["dense", "moe"])
+CASES = ["dense", "dense_nob", "moe", "moe_grouped", "latent_moe", "mtp"]
+
+
+@pytest.fixture(scope="session", params=CASES)
 def case(request) -> SimpleNamespace:
     """folder, tensors (what transformers computed), gradients (by disk name), facts (loss, split into documents)."""
     folder = FIXTURES / request.param

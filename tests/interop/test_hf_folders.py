@@ -1,14 +1,17 @@
 """Folders in other forms, and folders that are none: every fault is named."""
 
+import contextlib
 import json
 import math
+import random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from nemohybrid.errors import CheckpointError
-from nemohybrid.interop.hf import load_hf, read_config
+from nemohybrid.interop.hf import load_hf
+from nemohybrid.interop.hf.config_in import read_config
 
 IDS = torch.arange(12).view(1, 12)
 
@@ -52,17 +55,6 @@ def test_a_time_step_limit_is_kept(changed_folder):
     assert read_config(changed_folder("dense", {"time_step_limit": [0.01, 0.2]})).dt_limit == (0.01, 0.2)
 
 
-def test_mtp_blocks_are_passed_over(changed_folder, untouched_folder):
-    extra = {"mtp.layers.0.eh_proj.weight": torch.zeros(32, 64), "mtp.layers.1.mixer.gate.weight": torch.zeros(8, 32)}
-    folder = changed_folder("moe", {"num_nextn_predict_layers": 1}, lambda weights: weights.update(extra))
-    assert torch.equal(load_hf(folder)(IDS), load_hf(untouched_folder("moe"))(IDS))
-
-
-def test_latent_experts_are_refused(changed_folder):
-    with pytest.raises(CheckpointError, match=r"config\.json: moe_latent_size=16, LatentMoE layers cannot be read yet"):
-        load_hf(changed_folder("moe", {"moe_latent_size": 16}))
-
-
 SPOILT_WEIGHTS = {
     "missing": (lambda w: w.pop("backbone.norm_f.weight"), "missing tensor backbone.norm_f.weight"),
     "unexpected": (lambda w: w.update(extra=torch.zeros(2)), "unexpected tensor extra"),
@@ -99,7 +91,7 @@ def test_tensors_that_do_not_fit_are_named(spoil, message, changed_folder):
         ({"model_type": "llama"}, "describes a 'llama' model; only nemotron_h"),
         (
             {"layers_block_type": ["mamba", "conv"]},
-            r"unknown layers \['conv'\]. Legal in layers_block_type: linear_att",
+            r"unknown layers \['conv'\]. Legal in layers_block_type: mamba, linear_att",
         ),
         ({"layers_block_type": None}, "names no layers"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act=silu, only relu2 can be read"),
@@ -108,6 +100,25 @@ def test_tensors_that_do_not_fit_are_named(spoil, message, changed_folder):
         ({"mlp_bias": True}, "mlp_bias=True, only False"),
         ({"attention_bias": True}, "attention_bias=True, only False"),
         ({"num_attention_heads": 6}, "does not fit its own config.json"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights cannot be read"),
+        ({"hidden_size": math.nan}, "NaN is no value"),
+        ({"layer_norm_epsilon": math.inf}, "layer_norm_epsilon=inf: must be finite"),
+        ({"hidden_size": "32"}, "hidden_size=32: is not a whole number"),
+        ({"n_groups": 4}, "mamba_num_heads=6: 6 heads cannot form 4 equal groups"),
+        ({"hidden_size": 2**62}, "describes a model that cannot be|does not fit its own config.json"),
+        ({"time_step_limit": ["a"]}, r"time_step_limit=\['a'\] is not"),
+        ({"layers_block_type": "MMM"}, "layers_block_type not a list"),
+        (
+            {"hybrid_override_pattern": "M-M"},
+            r"hybrid_override_pattern=M-M and layers_block_type, which is M-M\*-M-, do not",
+        ),
+        ({"hybrid_override_pattern": "M-X", "layers_block_type": None}, "the pattern M-X has other layers than M"),
+        ({"num_hidden_layers": 3}, r"num_hidden_layers=3, but M-M\*-M- has 7 layers"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1 is not a number of blocks. Legal: 0 to 64"),
+        ({"num_nextn_predict_layers": 10**9}, "is not a number of blocks"),
+        ({"nemohybrid": {"hidden_size": 64}}, "nemohybrid.hidden_size: no such setting, or one that has a field"),
+        ({"nemohybrid": {"pattern": "M-M*-M"}}, "nemohybrid.pattern=M-M.*is not the layers of the other fields"),
+        ({"nemohybrid": [1]}, "nemohybrid is not an object"),
     ],
 )
 def test_settings_that_cannot_be_read_are_refused(config, message, changed_folder):
@@ -123,11 +134,13 @@ def test_an_illegal_dtype_names_the_legal_ones(changed_folder):
 @pytest.mark.parametrize("target", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors"])
 def test_an_index_may_not_name_files_outside_its_folder(target, changed_folder):
     folder = changed_folder("dense")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
     for place in (folder.parent / "outside.safetensors", folder / "sub" / "model.safetensors"):
         place.parent.mkdir(exist_ok=True)
-        place.write_bytes((folder / "model.safetensors").read_bytes())
+        place.write_bytes(content)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": target}}))
-    with pytest.raises(CheckpointError, match=f"names a file outside its folder: '{target}'"):
+    with pytest.raises(CheckpointError, match=f"lm_head.weight is in '{target}': not a safetensors file in"):
         load_hf(folder)
 
 
@@ -162,5 +175,151 @@ def test_a_folder_without_weights_or_config_is_no_model(changed_folder, tmp_path
 def test_pickled_weights_are_never_read(changed_folder):
     folder = changed_folder("dense")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors not found"):
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin is pickled, which could run code, and is never read"
+    ):
         load_hf(folder)
+
+
+def test_code_in_a_folder_is_not_run(changed_folder, untouched_folder, tmp_path):
+    """NVIDIA's folders name remote code; it is neither imported nor a reason to refuse them."""
+    folder = changed_folder("dense", {"auto_map": {"AutoModelForCausalLM": "modeling_evil.NemotronHForCausalLM"}})
+    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert torch.equal(load_hf(folder)(IDS), load_hf(untouched_folder("dense"))(IDS))
+    assert not (tmp_path / "ran").exists(), "the folder's code was run"
+
+
+def rewrite_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+LIES = {
+    "elsewhere": (
+        lambda m: m.update({"lm_head.weight": "model-00001-of-00002.safetensors"}),
+        "lm_head.weight is in model-00001-of-00002.safetensors, but it is in model-00002-of",
+    ),
+    "not listed": (lambda m: m.pop("lm_head.weight"), "lm_head.weight is nowhere, but it is in model-00002-of"),
+    "invented": (
+        lambda m: m.update(more="model-00001-of-00002.safetensors"),
+        "more is in model-00001-of-00002.safetensors, but it is not",
+    ),
+    "no such shard": (
+        lambda m: m.update(more="model-00003-of-00003.safetensors"),
+        "model-00003-of-00003.safetensors not found; .* says that it holds more",
+    ),
+    "no file name": (lambda m: m.update(more=3), "more is in 3: not a safetensors file"),
+    "pickled": (lambda m: m.update(more="pytorch_model.bin"), "more is in 'pytorch_model.bin': not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LIES.values(), ids=list(LIES))
+def test_an_index_that_lies_is_refused_with_the_tensor(change, message, changed_folder):
+    folder = changed_folder("dense")
+    into_shards(folder)
+    rewrite_index(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(folder)
+
+
+def test_two_sets_of_weights_are_refused(changed_folder):
+    folder = changed_folder("dense")
+    weights = (folder / "model.safetensors").read_bytes()
+    into_shards(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        load_hf(folder)
+
+
+def test_types_that_fp32_does_not_hold_are_refused(changed_folder):
+    def to_float64(weights):
+        weights["lm_head.weight"] = weights["lm_head.weight"].double()
+
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is F64\. Legal: F32, BF16, F16"):
+        load_hf(changed_folder("dense", tensors=to_float64))
+
+
+def test_more_experts_than_tensors_are_refused_before_they_are_counted(changed_folder):
+    with pytest.raises(CheckpointError, match="describes 7 layers of 1000000000 experts, but the folder has"):
+        load_hf(changed_folder("moe", {"n_routed_experts": 10**9}))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_folder_is_refused_or_means_something(seed, changed_folder):
+    """One byte changed anywhere in the header, or in config.json: a CheckpointError or a model, never another error."""
+    folder = changed_folder("dense")
+    draw = random.Random(seed)
+    file = folder / ("config.json" if seed % 2 else "model.safetensors")
+    content = bytearray(file.read_bytes())
+    end = len(content) if seed % 2 else 8 + int.from_bytes(content[:8], "little")
+    content[draw.randrange(end)] = draw.randrange(256)
+    file.write_bytes(content)
+    with contextlib.suppress(CheckpointError):
+        load_hf(folder)
+
+
+# --- multi-token prediction ------------------------------------------------------------------------------------------
+
+
+def test_mtp_blocks_have_the_depth_of_the_folder_or_the_one_asked_for(untouched_folder):
+    folder = untouched_folder("mtp")
+    assert load_hf(folder).config.pattern == "ME*E/*E"
+    assert load_hf(folder, mtp_depth=0).config.pattern == "ME*E"
+    twice = load_hf(folder, mtp_depth=2)  # as the published Super is trained: one block, two depths
+    assert (twice.config.pattern, len(twice.mtp)) == ("ME*E/*E/*E", 1)
+    assert [draft.shape[1] for draft in twice.forward_mtp(IDS)] == [11, 10]
+
+
+def test_a_depth_that_cannot_be_is_refused(untouched_folder):
+    with pytest.raises(CheckpointError, match=r"an MTP depth of 2 was asked for, the folder has 0\. Legal: 0"):
+        load_hf(untouched_folder("moe"), mtp_depth=2)
+    with pytest.raises(CheckpointError, match=r"depth of 100 was asked for, the folder has 1\. Legal: any up to 64"):
+        load_hf(untouched_folder("mtp"), mtp_depth=100)
+
+
+def test_what_transformers_saved_without_mtp_weights_is_refused_with_the_way_out(changed_folder):
+    def drop_mtp(weights):
+        for name in [name for name in weights if name.startswith("mtp.")]:
+            del weights[name]
+
+    folder = changed_folder("mtp", tensors=drop_mtp)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)missing tensor mtp\.layers\.0\.enorm.*An MTP depth of 0 reads the fold"
+    ):
+        load_hf(folder)
+    assert load_hf(folder, mtp_depth=0)(IDS).shape == (1, 12, 64)
+
+
+def test_mtp_weights_that_the_config_does_not_count_are_refused_with_the_way_out(changed_folder):
+    folder = changed_folder("mtp", {"num_nextn_predict_layers": 0})
+    with pytest.raises(
+        CheckpointError, match=r"(?s)unexpected tensor mtp\.layers\.0.*An MTP depth of 0 reads the folder"
+    ):
+        load_hf(folder)
+
+
+# --- tied embeddings -------------------------------------------------------------------------------------------------
+
+
+def test_tied_embeddings_need_one_matrix_or_two_equal_ones(changed_folder):
+    def tie(weights):
+        weights["lm_head.weight"] = weights["backbone.embeddings.weight"].clone()
+
+    model = load_hf(changed_folder("dense", {"tie_word_embeddings": True}, tie))
+    assert model.output is model.embedding
+
+
+def test_a_tied_head_may_be_absent(changed_folder):
+    model = load_hf(
+        changed_folder("dense", {"tie_word_embeddings": True}, lambda weights: weights.pop("lm_head.weight"))
+    )
+    assert model.output is model.embedding
+
+
+def test_a_head_that_should_be_tied_and_is_not_is_refused(changed_folder):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight: config\.json says tie_word_embeddings, but it differs"
+    ):
+        load_hf(changed_folder("dense", {"tie_word_embeddings": True}))

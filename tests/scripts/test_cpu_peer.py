@@ -1,4 +1,4 @@
-"""scripts/bench/cpu_peer.py: its arithmetic, its verdict, and the folder that hands our weights to transformers.
+"""scripts/bench/cpu_peer.py: its arithmetic and its verdict.
 
 What needs transformers and time, the comparison itself, is not run here.
 """
@@ -11,9 +11,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-
-from nemohybrid.interop.hf import load_hf
-from nemohybrid.model.hybrid import HybridModel
 
 BENCH = Path(__file__).parents[2] / "scripts/bench"
 MIB = 2**20
@@ -166,15 +163,3 @@ def test_memory_that_was_given_back_counts_at_its_highest_only(sides):
     del block
     assert sides.memory("VmHWM") >= peak, "the peak forgot a block that is gone"
     assert sides.memory("VmRSS") < peak, "what is resident now counts a block that is gone"
-
-
-def test_the_folder_for_transformers_holds_our_model_bit_for_bit(sides, tmp_path):
-    small = ["model.hidden_size=32", "model.mamba_num_heads=4", "model.mamba_head_dim=8", "model.vocab_size=1024"]
-    model = HybridModel.create(sides.our_config(str(tmp_path), small).model, seed=3)
-    sides.save_nemotron_h(model, tmp_path / "hf")
-    read = load_hf(tmp_path / "hf")
-    assert read.config.pattern == model.config.pattern
-    theirs = dict(read.named_parameters())
-    assert theirs.keys() == dict(model.named_parameters()).keys()
-    for name, ours in model.named_parameters():
-        assert torch.equal(ours, theirs[name]), f"{name} changed on its way through the folder"

@@ -48,7 +48,7 @@ def _decoder_types(settings: dict) -> set[str]:
 
 
 def _byte_level_table(backend: tokenizers.Tokenizer) -> list[bytes]:
-    byte_of_char = _byte_of_char()
+    byte_of_char = byte_level_alphabet()
     return _table(backend, lambda token: _bytes_of_token(token, byte_of_char), str.encode)
 
 
@@ -89,7 +89,7 @@ def _bytes_of_token(token: str, byte_of_char: dict[str, int]) -> bytes:
     return token.encode("utf-8")
 
 
-def _byte_of_char() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte: itself where it is visible Latin-1, else the next one from U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [value for value in range(256) if value not in visible]
