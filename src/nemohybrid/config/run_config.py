@@ -26,6 +26,9 @@ class RunConfig(Section):
     resume: str = option(
         "auto", "auto: go on from the newest complete checkpoint of run.dir; never; or a checkpoint folder"
     )
+    init_from: str | None = option(
+        None, "a checkpoint or run folder whose weights a new run starts from, with a new optimizer at step 0"
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)

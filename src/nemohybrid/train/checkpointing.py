@@ -109,10 +109,15 @@ class Checkpointer:
 
         Raises CheckpointError when the checkpoint is damaged, of other settings, or beyond the end of this run.
         """
+        saved = read_metadata(path)
+        if not any(name.startswith("optimizer.") for name in saved):
+            raise CheckpointError(
+                f"{path} has weights and no optimizer state, so it cannot be resumed. Start a new run from it: "
+                f"init_from={path}, with another run.dir"
+            )
         self._check_end(path)
         self._check_settings(path)
         start_state(optimizer, 0)
-        saved = read_metadata(path)
         mine = {name: state for name, state in random_states(self.context.rank).items() if name in saved}
         state = load_checkpoint(path, run_tensors(model, optimizer) | mine, allow_unexpected=("random.",))
         restore_random_states(mine)
