@@ -67,6 +67,11 @@ CASES = {
         ["data.sequence_length=64, 68"],
         ["data.sequence_length=66"],
     ),
+    "rows_long_enough_to_draft": (
+        ['model.pattern="M*/*/*"', "data.sequence_length=2"],
+        ["data.sequence_length=3 or more"],
+        ['model.pattern="M*/*/*"', "data.sequence_length=3"],
+    ),
     "batch_over_ranks": (
         ["train.global_batch=8", "train.microbatch=3"],
         ["train.microbatch=1, 2, 4, 8"],
