@@ -9,9 +9,10 @@ from nemohybrid.config.model import ModelConfig
 from nemohybrid.model import HybridModel, SequenceContext
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import logical_parameters
-from nemohybrid_kernels.cross_entropy import cross_entropy
+from nemohybrid.train.batch import Batch
+from nemohybrid.train.loss import loss_weights, summed_losses, target_counts
 
-MODELS = ["tiny", "tiny_moe", "quickstart"]
+MODELS = ["tiny", "tiny_moe", "tiny_latent_mtp", "quickstart"]
 LENGTHS = [[30, 40, 30], [100]]
 """Documents of two packed rows, none of which begins where a chunk of the scan does."""
 BF16_LOSS, BF16_WORST, BF16_MEDIAN = 2e-4, 0.2, 0.035
@@ -27,9 +28,10 @@ def loss_and_gradients(name: str, device: str, dtype: str, packed: bool = True) 
     model = HybridModel.create(configured(name, dtype), seed=3, context=ParallelContext.single(device))
     ids = torch.randint(97, (2, 101), generator=torch.Generator().manual_seed(0)).to(device)
     seq = SequenceContext.packed(LENGTHS, device) if packed else None
-    logits = model(ids[:, :-1], seq)
-    assert logits.device.type == torch.device(device).type
-    loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).mean()
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:]).float(), seq.document_ids if seq else None)
+    losses = summed_losses(model, batch, share=1.0)
+    assert losses.device.type == torch.device(device).type
+    loss = (losses * loss_weights(target_counts(batch, model.mtp_depth), model.config.mtp.loss_weight)).sum()
     loss.backward()
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     missing = dict(model.named_parameters()).keys() - gradients.keys()

@@ -10,6 +10,7 @@ from nemohybrid.__main__ import main
 from nemohybrid.generate.engine import generate_tokens
 from nemohybrid.generate.load import load_for_inference
 from nemohybrid.generate.sampling import Sampling
+from nemohybrid.generate.speculative import SpeculativeDecoder
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext, choose_device
 from nemohybrid.parallel.layout import logical_parameters
@@ -34,7 +35,7 @@ def on_cpu(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in run_tensors(trainer.model, trainer.optimizer).items()}
 
 
-@pytest.mark.parametrize("model", ["quickstart", "tiny_moe"])
+@pytest.mark.parametrize("model", ["quickstart", "tiny_latent_mtp"])
 def test_five_steps_in_fp32_learn_what_they_learn_on_the_cpu(device, model, train, tmp_path):
     five = [f"model={model}", "model.dtype=float32", "train.steps=5"]
     train("cpu", *five, f"run.dir={tmp_path}/cpu")
@@ -85,6 +86,14 @@ def test_greedy_text_is_that_of_the_cpu(device, model, train, tmp_path):
         return generate_tokens(loaded, prompts, 40, Sampling(temperature=0))
 
     assert written(device) == written("cpu")
+
+
+def test_drafts_change_no_token(device, train, tmp_path):
+    train(device, "model=tiny_latent_mtp", "train.steps=3", "model.dtype=float32")
+    model, _ = load_for_inference(tmp_path / "run", choose_device(device, local_rank=0))
+    greedy = Sampling(temperature=0)
+    [plain] = generate_tokens(model, [list(b"BRUTUS.")], 40, greedy)
+    assert list(SpeculativeDecoder(model, greedy, drafts=3).stream(list(b"BRUTUS."), 40)) == plain
 
 
 def test_a_model_that_does_not_fit_is_refused_with_an_estimate(device, tmp_path, capsys):
