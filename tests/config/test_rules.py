@@ -67,6 +67,11 @@ CASES = {
         ["data.sequence_length=64, 68"],
         ["data.sequence_length=66"],
     ),
+    "options_are_of_layers": (
+        ['model.pattern="M-"', "model.attention.softcap=50"],
+        ["model.attention.softcap=null", "with a *"],
+        ['model.pattern="M-/*-"', "model.attention.softcap=50", "model.mamba_bc_norm=true"],
+    ),
     "rows_long_enough_to_draft": (
         ['model.pattern="M*/*/*"', "data.sequence_length=2"],
         ["data.sequence_length=3 or more"],

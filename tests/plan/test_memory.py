@@ -123,3 +123,11 @@ def test_ranks_of_a_host_share_its_memory(monkeypatch):
     whole = memory.available_memory(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.available_memory(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "kind, promise", [("sequence", "no result."), ("batch", "but for model.router.aux_loss=batch")]
+)
+def test_the_advice_promises_only_what_holds(kind, promise):
+    config = configured("model=tiny_moe", f"model.router.aux_loss={kind}")
+    assert promise in memory.advice(config)

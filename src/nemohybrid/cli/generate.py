@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         const=0,
         metavar="N",
-        help="draft N tokens a step with the MTP blocks (default: their depths), for a batch prompt by prompt",
+        help="draft N tokens a step with the MTP blocks (default: their depths), prompt by prompt; the text is that of "
+        "plain decoding, in bfloat16 but for near ties",
     )
     p.add_argument("--no-stream", action="store_true", help="print when all is done; a batch is never streamed")
     return p

@@ -27,7 +27,7 @@ class RouterConfig(Section):
     score: str = option("sigmoid", "score of an expert for a token", choices=("sigmoid", "softmax"))
     expert_bias: bool = option(True, "add a balancing bias to the scores when selecting (not when weighting)")
     normalize: bool = option(True, "make the weights of the chosen experts sum to one")
-    scaling_factor: float = option(1.0, "the weights are multiplied by this", minimum=0.0)
+    scaling_factor: float = option(1.0, "the weights are multiplied by this", minimum=1e-3)
     groups: int = option(1, "experts are selected within the best of this many groups", minimum=1)
     top_groups: int = option(1, "how many groups may be selected from", minimum=1)
     bias_update_rate: float = option(1e-3, "the balancing bias moves by this much a step; 0: it stays", minimum=0.0)
@@ -95,8 +95,12 @@ class ModelConfig(Section):
     num_experts: int = option(8, "experts of an E layer", minimum=1)
     moe_top_k: int = option(2, "experts a token visits", minimum=1)
     moe_ffn_hidden_size: int | None = option(None, "inner width of an expert", minimum=1)
-    shared_expert_ffn_hidden_size: int | None = option(None, "inner width of the expert every token visits; 0: none")
-    moe_latent_size: int | None = option(None, "experts work at this width between a down and an up projection")
+    shared_expert_ffn_hidden_size: int | None = option(
+        None, "inner width of the expert every token visits; 0: none", minimum=0
+    )
+    moe_latent_size: int | None = option(
+        None, "experts work at this width between a down and an up projection; empty: at hidden_size", minimum=1
+    )
     router: RouterConfig = field(default_factory=RouterConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
 

@@ -207,4 +207,6 @@ def advice(config: RunConfig) -> str:
     steps = [] if config.train.microbatch == 1 else ["train.microbatch=1"]
     steps += [] if config.train.recompute == "layer" else ["train.recompute=layer"]
     steps += [f"data.sequence_length={config.data.sequence_length // 2}", "a smaller model"]
-    return f"Try, in this order: {', '.join(steps)}. Microbatches and recomputation change no result."
+    balanced_by = config.model.router.aux_loss if "E" in config.model.pattern else ""
+    but = f", but for model.router.aux_loss={balanced_by}" if balanced_by in ("batch", "global") else ""
+    return f"Try, in this order: {', '.join(steps)}. Microbatches and recomputation change no result{but}."

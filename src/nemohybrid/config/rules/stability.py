@@ -2,6 +2,7 @@
 
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.config.rules.rule import MODEL_RULES, Situation, rule
+from nemohybrid.config.section import leaves
 from nemohybrid.config.violation import Violation
 
 
@@ -15,6 +16,30 @@ def input_norms_are_of_layers(now: Situation) -> Violation | None:
 def output_norms_are_of_layers(now: Situation) -> Violation | None:
     """The same for the norms behind the mixers."""
     return _only_layers(now, "output_norm")
+
+
+OF_LAYERS = {
+    "attention.qk_norm": "*",
+    "attention.v_norm": "*",
+    "attention.softcap": "*",
+    "mamba_bc_norm": "M",
+    "mamba_x_norm": "M",
+}
+"""Key of `model` -> the layers without which it would change nothing."""
+
+
+@rule(MODEL_RULES)
+def options_are_of_layers(now: Situation) -> Violation | None:
+    """The same for what is done inside a mixer."""
+    values = {key: value for key, _, value in leaves(now.config.model)}
+    for key, symbol in OF_LAYERS.items():
+        if values[key] and now.pattern is not None and not now.has(symbol):
+            legal = {
+                f"model.{key}": "null" if key.endswith("softcap") else "false",
+                "model.pattern": f"with a {symbol}",
+            }
+            return Violation(f"model.{key}={values[key]}", f"no layer of the pattern is {symbol!r}", legal)
+    return None
 
 
 def _only_layers(now: Situation, key: str) -> Violation | None:
