@@ -116,6 +116,28 @@ def test_fp32_matrices_are_cast_to_the_type_of_the_rows(assert_same, results_and
     assert_same(got, want, 0.0)
 
 
+@pytest.mark.parametrize("run", ANY_TYPE)
+def test_weights_are_not_rounded_before_they_act(run):
+    """1.9921875 x 1.0035 is 1.999: 2 in bf16. With the weight rounded first it would stay what it was."""
+    one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
+    x, ids, weights = one[0] * 1.9921875, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 1.0035)
+    assert IMPLEMENTATIONS[run](x, ids, weights, one, one, activation=lambda h: h).item() == 2
+
+
+def test_what_grouped_mm_leaves_of_empty_experts_is_thrown_away(monkeypatch, assert_same, results_and_gradients):
+    def with_rubbish(left, right, offs):
+        product = grouped_mm(left, right, offs=offs)
+        if product.dim() == 3:
+            product[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return product
+
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", with_rubbish)
+    inputs = moe_inputs(dtype=torch.float32, width=8)
+    got, want = both(inputs, squared_relu, results_and_gradients, IMPLEMENTATIONS["grouped_mm"])
+    assert_same(got, want, DTYPES[torch.float32])
+
+
 @pytest.mark.parametrize("run", IMPLEMENTATIONS)
 def test_experts_without_tokens_get_zero_gradients(run, results_and_gradients):
     inputs = moe_inputs(width=8, dtype=torch.float32)

@@ -90,3 +90,9 @@ def test_the_cache_remembers_documents(past, now, everything, positions):
     assert seq.positions(CPU).tolist() == [positions]
     seq.advance()
     assert cache.length == 5
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_rows_without_tokens_are_refused(shape, tiny_model):
+    with pytest.raises(DataError, match=r"input_ids are \[.*there is no token"):
+        tiny_model("M*-E")(torch.zeros(shape, dtype=torch.int64))

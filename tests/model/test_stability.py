@@ -1,5 +1,7 @@
 """Norms inside and around mixers, and capped scores: against float64 by hand, alone and together with everything else."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from nemohybrid.config.model import AttentionConfig
 from nemohybrid.errors import ConfigError
 from nemohybrid.generate.engine import Decoder
 from nemohybrid.model import SequenceContext
+from nemohybrid.model.attention import capped_attention
 from nemohybrid.plan.memory import estimate
 
 CAPPED = AttentionConfig(softcap=2.0)
@@ -179,6 +182,14 @@ def test_capped_scores_are_fp32_under_bf16(tiny_model, token_rows):
     plain, capped = (tiny_model("**", dtype="bfloat16", attention=AttentionConfig(softcap=cap)) for cap in (None, 1e4))
     want = plain(ids).float()
     assert (capped(ids).float() - want).abs().max() < 0.03 * want.abs().max(), "more than bf16 rounding apart"
+
+
+def test_scores_that_bf16_cannot_tell_apart_are_told_apart():
+    """256 and 257 times 1/sqrt(2): bf16 has no 257."""
+    q, k = torch.tensor([[256.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    q, k, v = (t.to(torch.bfloat16)[None, None] for t in (q, k, torch.eye(2)))
+    weights = capped_attention(q, k, v, torch.ones(1, 1, 1, 2, dtype=torch.bool), 1e5).flatten().float()
+    assert weights[1] / weights[0] == pytest.approx(math.exp(2**-0.5), rel=0.01)
 
 
 def test_a_cap_bounds_how_sure_attention_can_be(tiny_model):

@@ -180,6 +180,15 @@ def test_a_step_writes_one_compact_record(start, tmp_path, capsys):
     assert record["moe_aux_loss"] == pytest.approx(1.0, abs=0.2), "1 is balanced"
 
 
+def test_the_record_of_a_step_is_of_its_loads(trainer):
+    run = trainer()
+    metrics = run.train_step().metrics
+    for row, (violation, dead) in enumerate(zip(metrics["moe_max_violation"], metrics["moe_dead"], strict=True)):
+        loads = run.balance.loads[row].tolist()
+        assert violation == pytest.approx(max(loads) / (sum(loads) / EXPERTS) - 1, abs=1e-3), run.balance.names[row]
+        assert dead == loads.count(0), run.balance.names[row]
+
+
 def test_lists_are_not_for_trackers(trainer):
     result = trainer().train_step()
     names = {name for name in scalars(result) if name.startswith("moe_")}

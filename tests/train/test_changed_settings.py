@@ -2,7 +2,8 @@
 
 import pytest
 
-from nemohybrid.train.state import changed_settings
+from nemohybrid.config.run_config import RunConfig
+from nemohybrid.train.state import changed_settings, fixed_settings
 
 CORPUS = {"share": "7/10", "tokens": 200, "documents": [0, 5]}
 OTHER = {"share": "3/10", "tokens": 90, "documents": [0, 2]}
@@ -41,6 +42,13 @@ def test_an_option_that_an_older_version_did_not_have_may_stand_at_its_default()
     now = {"model.output_norm": "", "model.attention.qk_norm": False}
     assert changed_settings({}, now) == []
     assert changed_settings({}, now | {"model.output_norm": "*"}) == ["model.output_norm:  -> *"]
+
+
+def test_of_the_router_only_its_balancing_may_change():
+    fixed = fixed_settings(RunConfig().as_dict())
+    router = {key for key in fixed if key.startswith("model.router.")}
+    chooses = ("score", "expert_bias", "normalize", "scaling_factor", "groups", "top_groups", "force_balance")
+    assert router == {f"model.router.{key}" for key in chooses}
 
 
 def test_what_a_newer_version_recorded_may_not_be_lost():

@@ -85,6 +85,8 @@ class HybridModel(nn.Module):
     def hidden_states(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
         """input_ids [B, L] -> [B*L, D], after the final norm: what the output projection and draft heads read."""
         batch, length = input_ids.shape
+        if not input_ids.numel():
+            raise DataError(f"input_ids are {[batch, length]}: there is no token")
         seq = seq or SequenceContext(batch, length)
         if (seq.batch, seq.length) != (batch, length):
             described = [seq.batch, seq.length]
