@@ -5,10 +5,11 @@ import json
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nemohybrid.__main__ import main
@@ -18,7 +19,7 @@ from nemohybrid.config.compose import load_config, load_model_config
 from nemohybrid.config.groups import configs_dir
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import ConfigError
-from nemohybrid.interop.megatron import counterparts, files, model
+from nemohybrid.interop.megatron import counterparts, files, model, shell
 from nemohybrid.interop.megatron.arguments import (
     CONTRADICTION,
     DEFAULT,
@@ -27,7 +28,7 @@ from nemohybrid.interop.megatron.arguments import (
     TO_GIVE,
     UNKNOWN,
 )
-from nemohybrid.interop.megatron.output import as_command, hydra_value, override_words
+from nemohybrid.interop.megatron.output import as_command, as_experiment, hydra_value, override_words
 from nemohybrid.interop.megatron.translate import translate
 from nemohybrid.interop.megatron.translation import Translation
 from nemohybrid.train.schedule import learning_rate
@@ -222,6 +223,13 @@ HYBRID = "--hybrid-layer-pattern ME*- --hidden-size 64 --num-attention-heads 4 -
         ("", {"model.mamba_num_heads": 2, "model.mamba_head_dim": 64, "model.ssm_state_size": 128}),
         ("", {"model.ffn_hidden_size": 256, "model.shared_expert_ffn_hidden_size": 0}),
         ("--ffn-hidden-size 96", {"model.ffn_hidden_size": 96, "model.moe_ffn_hidden_size": 96}),
+        ("--ffn-hidden-size 96 --moe-ffn-hidden-size 32", {"model.moe_ffn_hidden_size": 32}),
+        ("", {"model.moe_ffn_hidden_size": 256}),
+        (
+            "--moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk 4",
+            {"model.router.groups": 4, "model.router.top_groups": 2},
+        ),
+        ("--moe-router-num-groups 4", {"model.router.groups": "absent"}),
         ("", {"model.router.score": "softmax", "model.router.normalize": True, "model.router.aux_loss": "none"}),
         ("--moe-router-pre-softmax", {"model.router.normalize": False}),
         ("--moe-router-score-function sigmoid --moe-router-topk 1", {"model.router.normalize": False}),
@@ -242,12 +250,42 @@ HYBRID = "--hybrid-layer-pattern ME*- --hidden-size 64 --num-attention-heads 4 -
         ("--data-path /a", {"data.train": "/a", "data.split": [969.0, 30.0, 1.0]}),
         ("--data-path /a /b", {"data.train": {"/a": 1.0, "/b": 1.0}}),
         ("--tokenizer-model /t/tokenizer.json", {"data.tokenizer": "/t/tokenizer.json"}),
+        ("--lr 1e-3 --lr 2e-3", {"optim.lr": 2e-3}),
         ("--seed 7 --save-interval 50 --log-interval 3", {"run.seed": 7, "checkpoint.every": 50, "logging.every": 3}),
     ],
 )
 def test_one_argument_means_here_what_it_means_there(translated, arguments, expected):
     values = translated(HYBRID + arguments).overrides
     assert {key: values.get(key, "absent") for key in expected} == expected
+
+
+@pytest.mark.parametrize("suffix, width", [(".sh", 128), (".json", 256)])
+def test_swiglu_is_narrower_where_only_the_hidden_size_is_given(translated, suffix, width):
+    """Two thirds of 4 * 64 are 170, in 64s 128; a dump's TransformerConfig takes 4 * 64."""
+    text = "--hybrid-layer-pattern -E --hidden-size 64 --num-experts 8 --swiglu"
+    dump = {"hybrid_layer_pattern": "-E", "hidden_size": 64, "num_moe_experts": 8, "activation_func": "silu"}
+    values = translated(text if suffix == ".sh" else json.dumps({"model": dump}), suffix).overrides
+    assert (values["model.ffn_hidden_size"], values["model.moe_ffn_hidden_size"]) == (width, width)
+
+
+GROUPS = "--moe-router-num-groups 4 --moe-router-group-topk 2 "
+
+
+@pytest.mark.parametrize(
+    "arguments, same",
+    [
+        ("--moe-router-topk 4 --moe-router-score-function sigmoid", True),
+        ("--moe-router-topk 4 --moe-router-pre-softmax", True),
+        ("--moe-router-topk 4", False),
+        ("--moe-router-topk 2 --moe-router-score-function sigmoid", False),
+        ("--moe-router-topk 8 --moe-router-score-function sigmoid", False),
+        ("--moe-router-topk 8 --moe-router-num-groups 2", True),
+    ],
+)
+def test_groups_that_are_chosen_otherwise_are_named(translated, arguments, same):
+    """Megatron-LM adds up topk // 2 scores of a group, or logits before a softmax; here it is always two scores."""
+    said = remarks(translated(HYBRID + GROUPS + arguments), NO_COUNTERPART)
+    assert ("two best experts" not in said) is same
 
 
 @pytest.mark.parametrize(
@@ -310,6 +348,8 @@ def test_patterns_old_and_new_and_none(translated, arguments, pattern):
         ("--swiglu", "only one"),
         ("--hybrid-override-pattern M-", "differs from --hybrid-layer-pattern"),
         ("--lr-decay-style WSD", "wants lr-wsd-decay-iters"),
+        ("--moe-router-num-groups 4", "only with num-groups and group-topk both"),
+        ("--moe-router-group-topk 4", "only with num-groups and group-topk both"),
         ("--position-embedding-type none --use-rotary-position-embeddings", "which counts"),
     ],
 )
@@ -327,6 +367,7 @@ def test_contradictions_are_said(translated, arguments, said):
         ("--fp8-format hybrid", "nothing is quantized"),
         ("--optimizer muon", "AdamW is the only optimizer"),
         ("--lr-decay-style inverse-square-root", "wsd, cosine and constant"),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 9 --lr-wsd-decay-style 1-sqrt", "style 1-sqrt: decays are linear"),
         ("--moe-router-load-balancing-type sinkhorn", "model.router.aux_loss"),
         ("--context-parallel-size 2", "parallel.context"),
         ("--mtp-num-layers 1", "which layers an MTP block has"),
@@ -337,6 +378,21 @@ def test_contradictions_are_said(translated, arguments, said):
 )
 def test_what_has_no_counterpart_is_named_with_the_reason(translated, arguments, said):
     assert said in remarks(translated(HYBRID + arguments), NO_COUNTERPART)
+
+
+def test_mtp_weighs_a_tenth_where_the_file_does_not_say(translated):
+    now = translated(HYBRID.replace("ME*-", "ME*-/*E"))
+    assert now.overrides["model.mtp.loss_weight"] == 0.1
+    assert "model.mtp.loss_weight=0.1" in remarks(now, DEFAULT)
+
+
+def test_how_activations_are_recomputed_is_not_needed(translated):
+    said = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --recompute-modules mlp"
+    now = translated(HYBRID + said)
+    assert now.overrides["train.recompute"] == "layer"
+    assert remarks(now, UNKNOWN) == ""
+    for flag in ("--recompute-method uniform", "--recompute-num-layers 1", "--recompute-modules mlp"):
+        assert flag in remarks(now, NOT_NEEDED), flag
 
 
 def test_a_pattern_with_foreign_symbols_is_named(translated):
@@ -394,6 +450,10 @@ def test_reasons_are_regular_expressions_that_hit_names():
         ("torchrun --seed 1 pretrain.py --seed 13", "13"),
         ("python tools/preprocess.py --seed 1\npython pretrain_gpt.py --seed 14", "14"),
         ("if true; then A=15; fi\nrun.py --seed $A", "15"),
+        ('run.py --seed ${A:-"16"}', "16"),
+        ('run.py --seed ${A:-6" " }', "6"),
+        ("export env local A=17\nrun.py --seed $A", "17"),
+        ("A='1'\"8\"\nrun.py --seed=$A", "18"),
     ],
 )
 def test_shell_is_understood_as_far_as_it_can_be(translated, script, values):
@@ -421,7 +481,19 @@ def test_an_assignment_under_a_condition_is_said(translated):
         ("A=(1 2", ".sh", "line 1: '(' is not closed"),
         ("x\ncat <<EOF\nEOF", ".sh", "line 2: here-documents"),
         ("a.py --seed 1\nb.py --seed 2", ".sh", "lines 1, 2"),
-        ("A=aaaaaaaaaa\n" + "A=$A$A\n" * 40, ".sh", "grows beyond"),
+        ("run.py --lr " + "${A:-" * 600 + "1" + "}" * 600, ".sh", "nested too deeply"),
+        ("hello", ".sh", "holds no arguments"),
+        ("", ".sh", "holds no arguments"),
+        ("train.py $ARGS", ".sh", "holds no arguments"),
+        ('{"model": {}}', ".json", "holds no arguments"),
+        ('{"--seed": ' + "9" * 5000 + "}", ".json", "is no JSON"),
+        ("--seed: " + "9" * 5000, ".yaml", "a number of 5000 characters"),
+        ("--seed: 0x" + "f" * 5000, ".yaml", "a number of 5002 characters"),
+        ("--seed: !!int x", ".yaml", "cannot be read as plain YAML"),
+        ("a: &a [*a]", ".yaml", "an alias inside what it stands for"),
+        ("a: *b", ".yaml", "undefined alias"),
+        ("- " * 3000, ".yaml", "nested too deeply"),
+        ("#" * (files.LARGEST + 1), ".sh", "is larger than"),
         ("a: [", ".yaml", "cannot be read as plain YAML"),
         ("a: !!python/object/apply:os.system [ls]", ".yaml", "cannot be read as plain YAML"),
         ("MODEL_ARGS:\n  --lr: 1\n  --lr: 2", ".yaml", "the key '--lr' again"),
@@ -434,6 +506,62 @@ def test_an_assignment_under_a_condition_is_said(translated):
 def test_files_that_cannot_be_read_say_why(translated, text, suffix, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         translated(text, suffix)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "A=0123456789\n" + "A=$A$A\n" * 40,
+        "A=(1 2 3 4)\n" + 'A=("${A[@]}" "${A[@]}")\n' * 40,
+        'A=("" "" "")\n' + 'A=("${A[@]}" "${A[@]}")\n' * 40,
+        "A=0123456789\n" + "A=$A$A\n" * 5 + "run.py --lr " + "$A" * 100,
+        "A=0123456789\n" + "A=$A$A\n" * 5 + "run.py --lr " + '"$A" ' * 100,
+        "A=(1)\n" + "A+=(1)\n" * 200,
+        "A=1\n" + "A+=1\n" * 200,
+    ],
+    ids=["doubled", "list", "empty words", "one word", "many words", "grown list", "grown text"],
+)
+def test_a_script_that_multiplies_itself_is_refused(translated, monkeypatch, script):
+    monkeypatch.setattr(shell, "LONGEST", 10_000)
+    with pytest.raises(ConfigError, match="grow beyond 10,000 characters"):
+        translated(script + "\nrun.py --seed 1")
+
+
+@pytest.mark.parametrize("inner", ["[x,x,x,x,x,x,x,x,x]", "{k: v}"], ids=["lists", "mappings"])
+def test_aliases_that_multiply_a_file_are_refused(translated, inner):
+    levels = "".join(f"b{i + 1}: &b{i + 1} [{','.join([f'*b{i}'] * 9)}]\n" for i in range(9))
+    with pytest.raises(ConfigError, match="aliases make it longer than"):
+        translated(f"b0: &b0 {inner}\n{levels}", ".yaml")
+
+
+def test_an_alias_of_a_dump_is_what_it_stands_for(translated):
+    dtype = "{_target_: torch.bfloat16, _call_: false}"
+    now = translated(f"model:\n  hidden_size: &h 64\n  kv_channels: *h\n  a: &d {dtype}\n  params_dtype: *d", ".yaml")
+    assert (now.overrides["model.hidden_size"], now.overrides["model.head_dim"]) == (64, 64)
+    assert "model.params_dtype=bfloat16" in remarks(now, NOT_NEEDED)
+
+
+def test_a_date_is_no_number(translated):
+    said = remarks(translated("--seed: 2001-99-99\n--lr: 2001-01-01", ".yaml"), CONTRADICTION)
+    assert said.splitlines() == ["--lr 2001-01-01: is not a number", "--seed 2001-99-99: is not a number"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["env " * 40_000, "run.py" + "".join(f" --a{n}" for n in range(20_000)), "run.py --lr " + "a" * 400_000],
+    ids=["declaring", "arguments", "one word"],
+)
+def test_a_long_script_takes_seconds_not_hours(translated, script):
+    """Every step is linear: quadratic ones took from a minute to hours for these."""
+    started = time.process_time()
+    with contextlib.suppress(ConfigError):
+        translated(script)
+    assert time.process_time() - started < 10
+
+
+def test_a_folder_is_no_argument_list(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        translate(tmp_path)
 
 
 def test_a_file_that_is_not_there_is_an_error_of_the_users(tmp_path, capsys):
@@ -479,6 +607,7 @@ NAMES = sorted(
             "valid_data_path",
             "num_query_groups",
         ),
+        *("moe_router_num_groups", "moe_router_group_topk", "ffn_hidden_size", "recompute_granularity"),
     }
 )
 SCALARS = st.sampled_from([None, True, False, 0, -1, 3, 10**30, 1e400, "nan", "x", "$A", "M*", "*E", "0.5", "WSD"])
@@ -501,6 +630,27 @@ def test_a_blend_that_is_none_is_said(translated, blend):
     assert "with a weight each" in remarks(now, CONTRADICTION)
 
 
+@pytest.mark.parametrize(
+    "blend", [[["${oc.env:HOME}/x"], None], [["/a", "$B"], [1, 2]], [["${oc.env:HOME}"]], ["`x`"]], ids=str
+)
+@pytest.mark.parametrize("field", ["blend", "valid_data_path"])
+def test_no_variable_gets_into_the_command(translated, blend, field):
+    """Hydra would resolve it when the printed command runs."""
+    now = translated(json.dumps({"model": {"hidden_size": 64}, "dataset": {field: blend}}), ".json")
+    assert not {"data.train", "data.valid"} & now.overrides.keys()
+    assert "the file does not say what the variable is" in remarks(now, TO_GIVE)
+
+
+@pytest.mark.parametrize("char", ["\n", "\x1b", "\x85", "\ud800"], ids=ascii)
+def test_what_cannot_be_written_is_spelled_out(translated, char):
+    now = translated(json.dumps({"--data-path": f"/a{char}b", f"--x{char}": [f"{char}rm"]}), ".json")
+    for text in (as_command(now), as_experiment(now, f"a{char}model: 1")):
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert "model: 1" not in text.split("\n")
+    assert "data.train" not in now.overrides
+    assert "data.train: the file has it with characters" in remarks(now, TO_GIVE)
+
+
 def test_a_json_dump_reads_like_a_yaml_one(translated):
     values = {"model": {"hybrid_layer_pattern": "M*", "hidden_size": 64}, "optimizer": {"lr": 1e-3}}
     now = translated(json.dumps(values), ".json")
@@ -510,9 +660,12 @@ def test_a_json_dump_reads_like_a_yaml_one(translated):
 @settings(max_examples=50)
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3)
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.text('\\"ab', max_size=5),
+        lambda inner: st.lists(inner, max_size=3),
     )
 )
+@example("\\0")
+@example('\\"')
 def test_values_are_written_as_hydra_reads_them(value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

@@ -1,7 +1,7 @@
 """Arguments as Megatron-LM knows them, from whatever file they come, and what has to be said about them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,19 +62,33 @@ def _finite(value: Any) -> float | None:
         return None
 
 
+def texts(value: Any) -> Iterator[str]:
+    """Every text of a value, those inside lists and mappings too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from texts(inner)
+
+
 def is_open(value: Any) -> bool:
-    """Whether a value depends on a variable that the file does not set."""
-    return isinstance(value, str) and ("$" in value or "`" in value)
+    """Whether a value, or one inside it, depends on a variable that the file does not set."""
+    return any("$" in text or "`" in text for text in texts(value))
 
 
 @dataclass
 class Arguments:
-    """All arguments of one program. Taking one marks it as dealt with; `remarks` collects what cannot be understood."""
+    """All arguments of one program. Taking one marks it as dealt with; `remark` collects what has to be said."""
 
     given: dict[str, Given]
     defaults: Mapping[str, Any]
-    remarks: list[Remark] = field(default_factory=list)
+    said: dict[Remark, None] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+
+    @property
+    def remarks(self) -> list[Remark]:
+        """What has been said, in order."""
+        return list(self.said)
 
     def has(self, name: str) -> bool:
         """Whether the file gives it, and not as empty."""
@@ -86,9 +100,7 @@ class Arguments:
 
     def remark(self, kind: str, subject: str, reason: str) -> None:
         """Say something, once."""
-        remark = Remark(kind, subject, reason)
-        if remark not in self.remarks:
-            self.remarks.append(remark)
+        self.said.setdefault(Remark(kind, subject, reason))
 
     def take(self, name: str) -> Any:
         """The value as it stands in the file; else Megatron-LM's default; else None."""

@@ -20,6 +20,7 @@ PATTERN = "the pattern alone says what the model is"
 DISPATCH = "tokens are sorted by expert and none is dropped, without a dispatcher to choose"
 AFTERWARDS = "of inference or reinforcement learning: generation is a command of its own"
 WEIGHTS = "weights of other programs come through Hugging Face folders"
+RECOMPUTE = "saves memory, changes no result; here whole layers: train.recompute=layer"
 SAFETY = "numbers that are not finite stop the run, and a signal saves it; always on"
 
 RULES: tuple[tuple[str, str, str], ...] = (
@@ -97,6 +98,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     (r"eval_iters|eval_global_batch_size|eval_micro_batch_size", NOT_NEEDED, "the whole validation corpus is scored"),
     (r"check_.*|rerun_.*|manual_gc.*|error_injection.*|straggler.*|.*straggler.*", NOT_NEEDED, SAFETY),
     (r"nvrx_.*|ft(\..*)?|inprocess_restart.*|rerun_state_machine\..*|empty_unused_memory_level", NOT_NEEDED, SAFETY),
+    (r"(.*_)?recompute(_.*)?|(distribute_saved|checkpoint)_activations", NOT_NEEDED, RECOMPUTE),
     (r"group_query_attention", NOT_NEEDED, "model.num_query_groups says it"),
     (r"rotary_.*|no_rope.*|use_rotary.*|rope_.*|mrope.*", NOT_NEEDED, "attention has no rotary positions here"),
     (r"inference_.*|rl_.*|grpo_.*|langrl_.*|model_temperature|flash_decode|enable_chunked.*", NOT_NEEDED, AFTERWARDS),

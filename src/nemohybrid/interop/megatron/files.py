@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from nemohybrid.errors import ConfigError
 from nemohybrid.interop.megatron.arguments import Arguments, Given, collect, name_of
 from nemohybrid.interop.megatron.dump import read_dump
 from nemohybrid.interop.megatron.script import read_script
 
-LARGEST = 2_000_000
-"""Bytes of a file; real ones have some thousands."""
+LARGEST = 500_000
+"""Bytes of a file, and characters of YAML with its aliases written out; real ones have some thousands."""
+
+LONGEST_NUMBER = 1000
+"""Characters of a whole number in YAML."""
 
 DEFAULTS: dict[str, Any] = {
     "add_bias_linear": True,
@@ -45,69 +50,114 @@ DEFAULTS: dict[str, Any] = {
 """What Megatron-LM takes where an argument list says nothing (megatron/training/arguments.py), as far as it matters here."""
 
 
-class _Unique(yaml.SafeLoader):
-    """Plain YAML, in which the same key twice is a fault."""
+class _Plain(yaml.SafeLoader):
+    """YAML in which the same key twice is a fault, dates are text, and aliases cannot multiply what is in the file.
+
+    Aliases themselves are needed: dumps name a dtype that occurs again by one.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.size, self.sizes = 0, dict[yaml.Node, int]()  # in characters, of all so far and of each node
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark, alias, before = self.peek_event().start_mark, self.check_event(yaml.AliasEvent), self.size
+        node = super().compose_node(parent, index)
+        if alias and node not in self.sizes:
+            raise ComposerError(None, None, "an alias inside what it stands for", mark)
+        if node is not None:
+            self.size += self.sizes[node] if alias else 1 + len(node.value) * isinstance(node, yaml.ScalarNode)
+            self.sizes.setdefault(node, self.size - before)
+        if self.size > LARGEST:
+            raise ComposerError(None, None, f"aliases make it longer than {LARGEST:,} characters", mark)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > LONGEST_NUMBER:
+            reason = f"a number of {len(node.value)} characters"
+            raise ConstructorError(None, None, reason, node.start_mark)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool | None) or key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} again", key_node.start_mark)
+                raise ConstructorError(None, None, f"the key {key!r} again", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)
+_Plain.add_constructor("tag:yaml.org,2002:timestamp", _Plain.construct_yaml_str)
 
 
 def read_arguments(path: Path) -> Arguments:
     """The arguments in a file: .json, .yaml or .yml by their structure, everything else as a shell script.
 
-    Raises ConfigError for files that cannot be read, with the line where there is one.
+    Raises ConfigError for files that cannot be read, with the line where there is one, and for those without arguments.
     """
     text = _text(path)
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        return read_script(text, DEFAULTS)
+    try:
+        arguments = (
+            _structured(text, path) if path.suffix in (".json", ".yaml", ".yml") else read_script(text, DEFAULTS)
+        )
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply") from None
+    if not arguments.given:
+        raise ConfigError(
+            f"{path}: holds no arguments: neither --flag VALUE in a script, nor MODEL_ARGS or --flag: value in YAML, "
+            "nor sections of a dump"
+        )
+    return arguments
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ConfigError(f"{path}: is larger than {LARGEST:,} bytes, no argument list")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no text (UTF-8)") from None
+
+
+def _structured(text: str, path: Path) -> Arguments:
+    """By the keys: MODEL_ARGS or flags are an argument list, everything else is a dump."""
     values = _json(text, path) if path.suffix == ".json" else _yaml(text, path)
     values = values.get("MODEL_ARGS", values) if isinstance(values, dict) else values
-    if not isinstance(values, dict) or not values:
-        raise ConfigError(f"{path}: holds no arguments: neither MODEL_ARGS, nor --flag: value, nor sections of a dump")
+    if not isinstance(values, dict):
+        return Arguments({}, {})
     if all(str(key).startswith("-") for key in values):
         return collect(_flags(values), DEFAULTS)
     return read_dump(values)
 
 
-def _text(path: Path) -> str:
-    try:
-        if path.stat().st_size > LARGEST:
-            raise ConfigError(f"{path}: is larger than {LARGEST:,} bytes, no argument list")
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is no text (UTF-8)") from None
-
-
 def _yaml(text: str, path: Path) -> Any:
     try:
-        return _Unique(text).get_single_data()
-    except yaml.YAMLError as error:
+        return _Plain(text).get_single_data()
+    except (yaml.YAMLError, ValueError) as error:  # `!!int x` is a ValueError
         raise ConfigError(f"{path}: cannot be read as plain YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply") from None
 
 
 def _json(text: str, path: Path) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"{path}: has the key {twice[0]!r} twice")
-        return dict(pairs)
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                raise ConfigError(f"{path}: has the key {name!r} twice")
+            values[name] = value
+        return values
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
         raise ConfigError(f"{path}: is no JSON: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply") from None
 
 
 def _flags(values: dict[str, Any]) -> Iterator[Given]:

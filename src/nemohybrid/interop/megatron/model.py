@@ -25,8 +25,6 @@ NUMBERS = {
         "moe_latent_size": "model.moe_latent_size",
         "moe_router_topk_scaling_factor": "model.router.scaling_factor",
         "moe_router_bias_update_rate": "model.router.bias_update_rate",
-        "moe_router_num_groups": "model.router.groups",
-        "moe_router_group_topk": "model.router.top_groups",
         "moe_z_loss_coeff": "model.router.z_loss_weight",
     },
 }
@@ -227,18 +225,24 @@ def _mamba(now: Translation) -> None:
 
 
 def _mlp(now: Translation) -> None:
-    hidden = now.arguments.whole("hidden_size")
-    if now.arguments.flag("swiglu"):
-        usual = int(hidden * 4 * 2 / 3 / 64) * 64 if hidden else None
-    else:
-        usual = 4 * hidden if hidden else None
-    now.put("model.ffn_hidden_size", now.arguments.whole("ffn_hidden_size") or usual)
+    now.put("model.ffn_hidden_size", _inner_width(now), "ffn_hidden_size")
+
+
+def _inner_width(now: Translation) -> int | None:
+    """Of an MLP: given, or four times the hidden size, of which an argument list with SwiGLU takes two thirds.
+
+    Source: validate_args in megatron/training/arguments.py; TransformerConfig.__post_init__, for dumps, knows no two thirds.
+    """
+    hidden, given = now.arguments.whole("hidden_size"), now.arguments.whole("ffn_hidden_size")
+    if given or not hidden:
+        return given
+    return hidden * 8 // 3 // 64 * 64 if now.arguments.flag("swiglu") and now.arguments.defaults else 4 * hidden
 
 
 def _experts(now: Translation) -> None:
     arguments = now.arguments
-    width = arguments.whole("moe_ffn_hidden_size") or arguments.whole("ffn_hidden_size")
-    now.put("model.moe_ffn_hidden_size", width)
+    width = arguments.whole("moe_ffn_hidden_size") or _inner_width(now)
+    now.put("model.moe_ffn_hidden_size", width, "moe_ffn_hidden_size", "ffn_hidden_size")
     now.put("model.shared_expert_ffn_hidden_size", arguments.whole("moe_shared_expert_intermediate_size") or 0)
     now.put(
         "model.router.expert_bias", arguments.flag("moe_router_enable_expert_bias"), "moe_router_enable_expert_bias"
@@ -246,6 +250,7 @@ def _experts(now: Translation) -> None:
     if arguments.flag("moe_router_force_load_balancing"):
         now.put("model.router.force_balance", True)
     _scores(now)
+    _groups(now)
     _balance(now)
 
 
@@ -260,6 +265,30 @@ def _scores(now: Translation) -> None:
     now.put("model.router.score", score, "moe_router_score_function")
     first = arguments.flag("moe_router_pre_softmax")
     now.put("model.router.normalize", not one if score == "sigmoid" else not first)
+
+
+def _groups(now: Translation) -> None:
+    """Selection within the best groups, of which both sides have the same kind only for two experts a group.
+
+    Megatron-LM (group_limited_topk) adds up the best topk // group-topk of a group, and takes logits for the scores where the
+    softmax comes after the selection; without a group-topk it has no groups.
+    """
+    arguments = now.arguments
+    groups, kept, chosen = (arguments.whole(f"moe_router_{name}") for name in ("num_groups", "group_topk", "topk"))
+    if not groups or not kept:
+        if groups or kept:
+            given = "num_groups" if groups else "group_topk"
+            now.contradiction(f"moe_router_{given}", "counts in Megatron-LM only with num-groups and group-topk both")
+        return
+    on_scores = arguments.word("moe_router_score_function") == "sigmoid" or arguments.flag("moe_router_pre_softmax")
+    now.put("model.router.groups", groups)
+    now.put("model.router.top_groups", kept)
+    if groups > kept and ((chosen or 0) // kept != 2 or not on_scores):
+        reason = (
+            "a group counts here by the scores of its two best experts; in Megatron-LM by its best topk // group-topk, and by "
+            "logits where a softmax comes after the selection"
+        )
+        now.no_counterpart("moe_router_group_topk", reason)
 
 
 def _balance(now: Translation) -> None:

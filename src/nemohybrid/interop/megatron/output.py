@@ -43,7 +43,8 @@ def hydra_value(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """In Hydra's quotes a backslash means something only before a quote."""
+    return '"' + re.sub(r'(\\+)(?="|\Z)', r"\1\1", text).replace('"', '\\"') + '"'
 
 
 def _key(text: str) -> str:
@@ -66,7 +67,7 @@ def as_experiment(now: Translation, source: str) -> str:
         for parent in parents:
             section = section.setdefault(parent, {})
         section[name] = value
-    head = f"# @package _global_\n# From {source}, by `nemohybrid from-megatron`.\n"
+    head = f"# @package _global_\n# From {source!r}, by `nemohybrid from-megatron`.\n"
     return head + OmegaConf.to_yaml(OmegaConf.create(nested)) + remarks_text(now.remarks)
 
 
@@ -81,8 +82,13 @@ def remarks_text(remarks: Sequence[Remark]) -> str:
         if reasons:
             lines += ["#", f"# {kind}:"]
         for reason, subjects in reasons.items():
-            text = " ".join(f"{', '.join(subjects)}: {reason}".split())
+            text = _printable(" ".join(f"{', '.join(subjects)}: {reason}".split()))
             lines += textwrap.wrap(
                 text, WIDTH, initial_indent="#   ", subsequent_indent="#     ", break_on_hyphens=False
             )
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def _printable(text: str) -> str:
+    """What a terminal, or YAML, would not take as a character is spelled out."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

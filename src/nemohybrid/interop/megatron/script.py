@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemohybrid.errors import ConfigError
-from nemohybrid.interop.megatron.arguments import CONTRADICTION, TO_GIVE, Arguments, Given, Remark, collect, name_of
+from nemohybrid.interop.megatron.arguments import CONTRADICTION, TO_GIVE, Arguments, Given, collect, name_of
 from nemohybrid.interop.megatron.shell import Statement, Variables, statements
 
 _OPENING = ("if", "for", "while", "until", "case", "select", "function")
@@ -21,14 +21,13 @@ def read_script(text: str, defaults: Mapping[str, Any]) -> Arguments:
     Conditions are not evaluated: what stands under one is taken as it stands, and a remark says so. Raises ConfigError,
     with the lines, when several commands could be meant.
     """
-    variables, remarks, depth = Variables(), list[Remark](), 0
+    variables, conditional, depth = Variables(), list[str](), 0
     commands: list[tuple[int, list[str]]] = []
     for statement in statements(text):
         depth += _depth(statement)
         if statement.name:
             if depth > 0:
-                reason = "stands under a condition or in a loop, which is not evaluated; taken as it stands"
-                remarks.append(Remark(CONTRADICTION, f"{statement.name}= in line {statement.line}", reason))
+                conditional.append(f"{statement.name}= in line {statement.line}")
             variables.assign(statement)
         elif words := _program_and_arguments(statement, variables):
             if commands and words[0] == commands[-1][1][0] == "":  # lines of one bare list
@@ -36,7 +35,9 @@ def read_script(text: str, defaults: Mapping[str, Any]) -> Arguments:
             else:
                 commands.append((statement.line, words))
     arguments = collect(_of_command(commands) if commands else _of_variables(variables), defaults)
-    arguments.remarks += remarks
+    for subject in conditional:
+        reason = "stands under a condition or in a loop, which is not evaluated; taken as it stands"
+        arguments.remark(CONTRADICTION, subject, reason)
     for word in dict.fromkeys(word for _, words in commands for word in words if _EXPANSION.fullmatch(word)):
         arguments.remark(TO_GIVE, word, "is not set in the file: what it holds is not translated")
     return arguments
@@ -70,8 +71,7 @@ def _program_and_arguments(statement: Statement, variables: Variables) -> list[s
     """
     words = [text for word in statement.words for text in variables.expand(word)]
     words = [part for word in words for part in (word.split() if ".py " in word else [word])]  # bash -c "python ..."
-    while words and words[0] in _PASSING:
-        words = words[1:]
+    words = words[next((at for at, word in enumerate(words) if word not in _PASSING), len(words)) :]
     programs = [at for at, word in enumerate(words) if word.endswith(".py")]
     if programs:
         words = words[programs[0] :]

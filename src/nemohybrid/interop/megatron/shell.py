@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from nemohybrid.errors import ConfigError
 
-LONGEST = 1_000_000
-"""Characters that a value may grow to; `A=$A$A` doubles with every line."""
+LONGEST = 5_000_000
+"""Characters and words that all variables of a file together may be filled in with; `A=$A$A` doubles with every line."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?=)")
@@ -22,6 +22,9 @@ _REDIRECTION = re.compile(r"(?:\d*|&)(?:>>?|<)(?:&\d|&-)?")
 _DECLARING = ("export", "local", "declare", "readonly", "typeset", "env", "-a", "-x", "then", "else", "do", "{")
 _SEPARATORS = "\n;&|()"
 _ENDS_A_WORD = " \t" + _SEPARATORS
+_OUTSIDE_QUOTES = re.compile(r"[^'\"$`\\ \t\x00\n;&|()]+")
+_INSIDE_QUOTES = re.compile(r'[^"$`\\]+')
+"""Text that stands for itself."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,17 @@ class _Scanner:
         return self.text[self.at : self.at + 1]
 
     def statements(self) -> Iterator[Statement]:
-        current = Statement(self.line, [])
+        current, starts = Statement(self.line, []), True
         while self.at < len(self.text):
             self._skip_blanks()
             if self.peek() in _SEPARATORS:  # the end of the text too
                 if current.words:
                     yield current
                 self.at += 1
-                current = Statement(self.line, [])
+                current, starts = Statement(self.line, []), True
             elif redirection := _REDIRECTION.match(self.text, self.at):
                 self._skip_redirection(redirection)
-            elif assignment := self._assignment(current):
+            elif starts and (assignment := _ASSIGNMENT.match(self.text, self.at)):
                 name, append = assignment[1], assignment[2] == "+="
                 self.at = assignment.end()
                 array = self.peek() == "("
@@ -99,13 +102,9 @@ class _Scanner:
                 yield Statement(self.line, words, name, append, array)
             else:
                 current.words.append(self._word())
+                starts = starts and current.words[-1].plain in _DECLARING  # `export A=1` assigns, `run A=1` does not
         if current.words:
             yield current
-
-    def _assignment(self, current: Statement) -> re.Match[str] | None:
-        """`NAME=` at the start of a command, also after export, local and the like."""
-        starts = all(word.plain in _DECLARING for word in current.words)
-        return _ASSIGNMENT.match(self.text, self.at) if starts else None
 
     def _skip_blanks(self) -> None:
         while self.peek() and self.peek() in " \t\x00":
@@ -151,9 +150,14 @@ class _Scanner:
                 word.pieces.append(Piece(self.text[self.at + 1 : self.at + 2], quoted=True))
                 self.at += 2
             else:
-                word.pieces.append(Piece(char, quoted=False))
-                self.at += 1
+                word.pieces.append(Piece(self._run(_OUTSIDE_QUOTES), quoted=False))
         return word
+
+    def _run(self, plain: re.Pattern[str]) -> str:
+        """Characters that stand for themselves; one of a kind that does not, where there are none."""
+        found = plain.match(self.text, self.at)
+        start, self.at = self.at, found.end() if found else self.at + 1
+        return self.text[start : self.at]
 
     def _until(self, end: str) -> str:
         start = self.line
@@ -175,8 +179,8 @@ class _Scanner:
                 continue
             escaped = char == "\\" and self.text[self.at + 1 : self.at + 2] in '"$`\\'
             self.at += escaped
-            yield Piece(self.peek().replace("\x00", ""), quoted=True)
-            self.at += 1
+            yield Piece(self.peek() if escaped else self._run(_INSIDE_QUOTES).replace("\x00", ""), quoted=True)
+            self.at += escaped
         self.at += 1
 
     def _expansion(self, *, quoted: bool) -> Piece:
@@ -209,6 +213,7 @@ class Variables:
 
     def __init__(self) -> None:
         self.values: dict[str, list[str]] = {}
+        self.spent = 0  # of LONGEST
 
     def assign(self, statement: Statement) -> None:
         """`NAME=value` or `NAME=(...)`; with `append` what was there stays in front."""
@@ -219,24 +224,28 @@ class Variables:
         if before and not statement.array:
             words = [*before[:-1], before[-1] + words[0]]
             before = []
-        if sum(map(len, [*before, *words])) > LONGEST:
-            raise ConfigError(f"line {statement.line}: {statement.name} grows beyond {LONGEST:,} characters")
         self.values[statement.name] = [*before, *words]
+        if statement.append:
+            self._spend(self.values[statement.name], statement.line)
 
     def expand(self, word: Word) -> list[str]:
         """A word -> the words it becomes: none, one, or those of a list or of an unquoted text with blanks."""
-        done: list[str] = []
-        current: str | None = None
+        done: list[list[str]] = []
         for piece in word.pieces:
-            parts = self._parts(piece) if piece.expansion else [piece.text]
-            for index, part in enumerate(parts):
-                if index and current is not None:
-                    done.append(current)
-                    current = None
-                current = (current or "") + part
-        return done if current is None else [*done, current]
+            parts = self._parts(piece, word.line) if piece.expansion else [piece.text]
+            for index, part in enumerate(parts):  # the first goes on with the word before it
+                if index or not done:
+                    done.append([])
+                done[-1].append(part)
+        return ["".join(parts) for parts in done]
 
-    def _parts(self, piece: Piece) -> list[str]:
+    def _spend(self, texts: list[str], line: int) -> None:
+        """Count what is filled in, so that no file takes more memory or time than a long one."""
+        self.spent += len(texts) + sum(map(len, texts))
+        if self.spent > LONGEST:
+            raise ConfigError(f"line {line}: here the variables grow beyond {LONGEST:,} characters")
+
+    def _parts(self, piece: Piece, line: int) -> list[str]:
         if piece.text in ("$@", "$*", "${@}", "${*}"):  # what the script itself would be given
             return []
         body = piece.text[2:-1] if piece.text.startswith("${") else piece.text[1:]
@@ -245,15 +254,17 @@ class Variables:
             return [piece.text]
         values = self.values.get(found["name"])
         if values is None and found["default"] is not None:
-            values = [self._text(found["default"])]
+            values = [self._text(found["default"], line)]
         if values is None:
             return [piece.text]
+        self._spend(values, line)
         if found["all"]:
             return values
         whole = piece.quoted or "$(" in values[0] or "`" in values[0]  # a command has blanks of its own
         return values[:1] if whole else values[0].split()
 
-    def _text(self, default: str) -> str:
+    def _text(self, default: str, line: int) -> str:
         """The default of ${NAME:-default}, which may name other variables."""
-        [statement] = [*statements(f'X="{default.strip(chr(34))}"')] or [Statement(0, [])]
+        self._spend([default], line)
+        [statement] = statements('X="' + default.replace('"', "") + '"')
         return " ".join(text for word in statement.words for text in self.expand(word))

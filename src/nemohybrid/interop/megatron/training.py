@@ -5,6 +5,7 @@ from typing import Any
 
 from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.training import BatchRampConfig, TrainSection
+from nemohybrid.interop.megatron.counterparts import RECOMPUTE
 from nemohybrid.interop.megatron.translation import Translation
 
 SHAPES = ("linear", "cosine", "exponential", "minus_sqrt")
@@ -123,6 +124,8 @@ def _wsd(now: Translation, unit: str) -> None:
         now.contradiction("lr_decay_style", f"Megatron-LM wants lr-wsd-decay-{unit} with it; give schedule.decay")
     if shape in SHAPES:
         now.put("schedule.decay_style", shape, "lr_wsd_decay_style")
+    elif shape:
+        now.no_counterpart("lr_wsd_decay_style", f"decays are {', '.join(SHAPES)} (schedule.decay_style)")
 
 
 def _optimizer(now: Translation) -> None:
@@ -217,7 +220,7 @@ def _held_out(now: Translation) -> None:
         now.put("data.split", split)
     elif now.overrides.get("data.train") is not None and arguments.has("data_path") and arguments.defaults:
         now.put("data.split", [969.0, 30.0, 1.0], "split")
-    held_out = valid is not None or len(now.overrides.get("data.split", [])) > 1
+    held_out = "data.valid" in now.overrides or len(now.overrides.get("data.split", [])) > 1
     every = arguments.whole("eval_interval")
     if held_out and now.overrides.get("data.train") is not None:
         now.put("train.evaluate_every", every)
@@ -251,6 +254,4 @@ def _run(now: Translation) -> None:
     if granularity == "full":
         now.put("train.recompute", "layer")
     elif granularity or arguments.flag("recompute_activations"):
-        now.not_needed(
-            "recompute_granularity", "saves memory, changes no result; here whole layers: train.recompute=layer"
-        )
+        now.not_needed("recompute_granularity", RECOMPUTE)

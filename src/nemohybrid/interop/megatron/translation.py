@@ -11,6 +11,8 @@ from nemohybrid.interop.megatron.arguments import (
     TO_GIVE,
     Arguments,
     Remark,
+    is_open,
+    texts,
 )
 
 
@@ -27,8 +29,17 @@ class Translation:
         return self.arguments.remarks
 
     def put(self, key: str, value: Any, *sources: str) -> None:
-        """Set one of our keys; None changes nothing. `sources`: the arguments it follows from, to name defaults."""
+        """Set one of our keys; None changes nothing. What Hydra would resolve or cannot read is left to the user.
+
+        `sources`: the arguments it follows from, to name defaults.
+        """
         if value is None:
+            return
+        if is_open(value):
+            self.to_give(key, "the file does not say what the variable is")
+            return
+        if not all(text.isprintable() for text in texts(value)):
+            self.to_give(key, "the file has it with characters that a command line cannot hold")
             return
         self.overrides[key] = value
         absent = [name for name in sources if not self.arguments.has(name)]
