@@ -14,6 +14,7 @@ from nemohybrid.config.compose import load_model_config
 from nemohybrid.errors import REQUEUE, ConfigError
 from nemohybrid.observe.lr_sweep import (
     divergence,
+    draw,
     first_growth,
     growth_markdown,
     last_growths,
@@ -22,8 +23,9 @@ from nemohybrid.observe.lr_sweep import (
     smoothed,
     summarize,
     table,
+    write_report,
 )
-from nemohybrid.train.lr_sweep import ARMS, Sweep
+from nemohybrid.train.lr_sweep import ARMS, Cell, Sweep
 from nemohybrid.train.trainer import Trainer
 
 
@@ -100,10 +102,62 @@ def test_records_of_other_settings_are_not_mixed_in(sweep, capsys):
     assert "was made with other settings" in capsys.readouterr().err
 
 
-def test_a_wrong_arm_is_found_before_anything_runs(sweep, tmp_path, capsys):
-    words = ["--lrs", "1e-2", "--arm", "wrong", 'model.no_input_norm="*"']
-    assert sweep(*words) == 1
-    assert "model.attention.qk_norm=true" in capsys.readouterr().err
+def test_a_record_of_other_settings_is_refused_even_where_it_is_not_asked_for_again(sweep, tmp_path, capsys):
+    """They would stand in one table with the new ones."""
+    assert sweep("--lrs", "1e-2", "--seeds", "1", "--steps", "2", "--arm", "mine", "model.attention.softcap=5") == 0
+    before = sorted(file.name for file in (tmp_path / "sweep" / "cells").iterdir())
+    other = ["--lrs", "3e-2", "--seeds", "1", "--steps", "2"]
+    for words in (
+        [*other, "--arm", "mine", "model.attention.softcap=6"],
+        [*other, "optim.beta2=0.9"],
+        ["optim.beta2=0.9", *other, "--arms", "softcap"],
+    ):
+        assert sweep(*words) == 1, words
+        assert "was made with other settings" in capsys.readouterr().err
+    assert sorted(file.name for file in (tmp_path / "sweep" / "cells").iterdir()) == before, "something ran"
+    assert sweep(*other, "--arms", "softcap") == 0, "an arm and a rate more"
+    assert sweep('model.pattern="M-"', *other, "--seeds", "2") == 1
+    said = capsys.readouterr().err
+    assert "cells was made with other settings: these do not allow an arm of it" in said
+    assert "arm softcap: " in said
+
+
+def test_rates_that_are_nearly_the_same_are_two_cells():
+    names = [Cell("a", lr, 1).name for lr in (1e-2, 1.0, 0.1234567, 0.12345671)]
+    assert names == ["a_lr0.01_seed1", "a_lr1_seed1", "a_lr0.1234567_seed1", "a_lr0.12345671_seed1"]
+
+
+@pytest.mark.parametrize("name", ["a,b", "(x)", "a=b", "two words", "${oc.env:HOME}", "'q'"])
+def test_any_folder_can_be_the_output(name, tmp_path):
+    overrides = ["model=tiny", "data=shakespeare"]
+    _, config = next(Sweep(overrides, {"baseline": ()}, [0.1], 1, 5, tmp_path / name).cells())
+    assert (config.run.dir, config.data.cache) == (f"{tmp_path}/{name}", f"{tmp_path}/{name}/data")
+
+
+def test_wrong_arms_are_found_and_named_before_anything_runs(sweep, tmp_path, capsys):
+    words = ["--lrs", "1e-2", "--arm", "wrong", 'model.no_input_norm="*"', "--arm", "odd", "model.attention.softcap=-1"]
+    assert sweep(*words, "--arm", "strange", "model.attention.softcap=-1") == 1
+    said = capsys.readouterr().err
+    assert "model.attention.qk_norm=true" in said
+    assert "arm wrong: " in said
+    assert "arm odd, strange: " in said
+    assert "baseline" not in said
+    assert not (tmp_path / "sweep" / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "arm"), [("*-", "m_bc_norm"), ("*-", "m_output_norm"), ("*-", "m_dt_limit"), ("M-", "softcap")]
+)
+def test_an_arm_that_changes_nothing_in_this_pattern_is_refused_by_name(pattern, arm, tmp_path):
+    overrides = ["model=tiny", "data=shakespeare", f'model.pattern="{pattern}"']
+    with pytest.raises(ConfigError, match=f"^arm {arm}: "):
+        list(Sweep(overrides, {"baseline": (), arm: ARMS[arm]}, [0.1], 1, 5, tmp_path).cells())
+
+
+def test_two_arms_with_the_same_settings_are_refused(sweep, tmp_path, capsys):
+    """The overrides of all arms made one of the other."""
+    assert sweep("model.attention.softcap=50", "--arms", "baseline", "softcap", "--lrs", "1e-2") == 1
+    assert "arms baseline and softcap come to the same settings" in capsys.readouterr().err
     assert not (tmp_path / "sweep" / "cells").exists()
 
 
@@ -149,6 +203,21 @@ def test_a_signal_stops_a_sweep_which_then_goes_on_where_it_was(sweep, tmp_path,
     assert len(steps) == 8, "the first cell was not run again"
 
 
+def test_a_report_that_fails_does_not_hide_why_the_sweep_ended(sweep, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("the real one")
+
+    def fails_too(_):
+        raise ValueError("the other one")
+
+    monkeypatch.setattr(Trainer, "train_step", fails)
+    monkeypatch.setattr("nemohybrid.observe.lr_sweep.write_report", fails_too)
+    with pytest.raises(RuntimeError, match="the real one") as caught:
+        sweep("--lrs", "1e-2", "--steps", "2")
+    assert caught.value.__context__ is None
+    assert "the other one" in capsys.readouterr().err
+
+
 def test_torchrun_is_refused(sweep, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sweep("--lrs", "1") == 1
@@ -192,6 +261,76 @@ def test_what_grew_by_how_much_is_a_mean_over_diverged_runs():
     assert growth_markdown(summaries) == "| output | a |\n| --- | --- |\n| x | 6 |\n| y | 1 |\n"
     assert summaries[0].grew_first() == {"x": 2}
     assert summaries[1].grew_first() == {"nothing": 1}
+
+
+def grown(runs: list[dict]):
+    """The summary of one arm, of which the first run trains and the others diverge."""
+    (summary,) = summarize([outcome_of(run) for run in runs])
+    return summary
+
+
+def test_a_dead_output_is_counted_and_does_not_spoil_the_mean_of_the_others():
+    """Squared ReLU whose inputs all fell below 0. 4 and 9 times are 6 times; the third run has no logarithm."""
+    calm = record(norms={"1": {"x": [1.0], "y": [2.0]}})
+    wild = [
+        record(lr=1.0, seed=s, losses=[5.0, 6.0], norms={"1": {"x": [x], "y": [0.0]}})
+        for s, x in ((1, 4.0), (2, 0.0), (3, 9.0))
+    ]
+    grew = {slot: str(mean) for slot, mean in grown([calm, *wild]).grew_by().items()}
+    assert grew == {"x": "6 (0 in 1)", "y": "0 (0 in 3)"}
+
+
+def test_a_dead_or_overflowed_reference_measures_nothing():
+    calm = outcome_of(record(norms={"1": {"dead": [0.0, 1.0], "over": [math.inf], "x": [1.0]}}))
+    wild = outcome_of(record(lr=1.0, norms={"1": {"dead": [1.0, 3.0], "over": [1.0], "x": [2.5]}}))
+    assert last_growths(wild, [calm]) == {"dead": 3.0, "x": 2.5}
+    assert str(first_growth(wild, [calm])) == "dead[1] at step 1, 3 times"
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_output_that_overflows_is_the_largest_growth(value):
+    calm = outcome_of(record(norms={"1": {"x": [1.0], "y": [1.0]}}))
+    wild = outcome_of(record(lr=1.0, norms={"1": {"x": [value], "y": [3.0]}}))
+    assert str(first_growth(wild, [calm])) == "x[0] at step 1, inf times"
+    assert last_growths(wild, [calm]) == {"x": math.inf, "y": 3.0}
+
+
+def test_arms_with_other_layers_stand_in_one_table():
+    runs = [
+        record(arm, lr, losses=losses, norms={"1": {slot: [value]}})
+        for arm, slot in (("a", "mlp.fc2"), ("b", "mamba2.out_proj"))
+        for lr, losses, value in ((0.1, [5.0, 3.0], 1.0), (1.0, [5.0, 6.0], 7.0))
+    ]
+    _, _, *rows = growth_markdown(summarize([outcome_of(run) for run in runs])).splitlines()
+    assert rows == ["| mamba2.out_proj |  | 7 |", "| mlp.fc2 | 7 |  |"]
+
+
+def test_runs_that_fail_in_their_first_step_are_reported_and_drawn(tmp_path):
+    """They have no loss: alone, and beside runs that have one."""
+    lost = [record("lost", lr, losses=[], failure="step 1: the loss is nan") for lr in (0.1, 1.0)]
+    for runs in (lost, [record(), record(seed=2, losses=[], failure="step 1"), *lost]):
+        for number, run in enumerate(runs):
+            (tmp_path / "cells").mkdir(exist_ok=True)
+            (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(run))
+        summaries = write_report(tmp_path)
+        assert summaries[-1].arm == "lost"
+        text = (tmp_path / "table.md").read_text()
+        assert "| no loss (1/1 diverged) | no loss (1/1 diverged) | none | none | nothing 2 | nothing 2 |" in text
+        assert "inf" not in text
+        assert "nan" not in text
+    assert "| no loss (1/2 diverged) |" in text
+
+
+def test_a_run_without_a_loss_is_drawn_as_high_as_the_worst_that_has_one(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, real = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, *rest, **how: drawn.append(y) or real(self, x, y, *rest, **how)
+    )
+    runs = [record(), record("lost", losses=[], failure="step 1")]
+    draw(summarize([outcome_of(run) for run in runs]), tmp_path / "picture.png")
+    assert drawn == [[3.0], [], [3.0], [3.0]], "a line and crosses of each arm"
 
 
 def test_limit_and_sensitivity_of_an_arm():

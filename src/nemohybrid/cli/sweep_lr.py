@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,7 +104,19 @@ def sweep(args: argparse.Namespace, signals: "StopSignals") -> int:
     with only_job_in(args.output):
         try:
             stopped = run_cells(plan, context, signals)
-        finally:
-            summaries = write_report(args.output)
+        except BaseException:
+            _report_before_the_end(args.output)
+            raise
+        summaries = write_report(args.output)
     print(markdown(summaries), f"{args.output}/table.md, growth.md, table.csv, picture.png", sep="\n")
     return exit_status(stopped)
+
+
+def _report_before_the_end(folder: Path) -> None:
+    """Of the cells there are. A report that fails too must not hide why the sweep ended."""
+    from nemohybrid.observe.lr_sweep import write_report
+
+    try:
+        write_report(folder)
+    except Exception as error:
+        print(f"nemohybrid sweep-lr: no report: {error!r}", file=sys.stderr)

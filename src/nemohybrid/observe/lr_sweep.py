@@ -33,7 +33,10 @@ class Outcome:
 
     @property
     def counted(self) -> float:
-        """The loss that enters means and pictures: never above the initial one (Wortsman et al. 2023, section 2.2)."""
+        """The loss that enters means and pictures: never above the initial one (Wortsman et al. 2023, section 2.2).
+
+        Infinite where the first step already failed: such a run has no initial loss.
+        """
         return self.initial if math.isnan(self.final) else min(self.final, self.initial)
 
 
@@ -88,15 +91,20 @@ class Growth:
 
 
 def growths(run: Outcome, reference: Sequence[Outcome], step: int) -> list[Growth]:
-    """Every output of `run` at a step as a multiple of its mean over `reference`, runs of the arm that train."""
+    """Every output of `run` at a step as a multiple of its mean over `reference`, runs of the arm that train.
+
+    Infinite where it overflowed. Left out where the reference is 0, a layer that is dead, or overflowed: it measures nothing.
+    """
     then = [other.norms[step] for other in reference if step in other.norms]
     if not then:
         return []
-    return [
-        Growth(slot, layer, step, value / fmean(norms[slot][layer] for norms in then))
-        for slot, values in run.norms[step].items()
-        for layer, value in enumerate(values)
-    ]
+    found = []
+    for slot, values in run.norms[step].items():
+        for layer, value in enumerate(values):
+            usual = fmean(norms[slot][layer] for norms in then)
+            if 0 < usual < math.inf:
+                found.append(Growth(slot, layer, step, value / usual if math.isfinite(value) else math.inf))
+    return found
 
 
 def first_growth(run: Outcome, reference: Sequence[Outcome], slots: str = "") -> Growth | None:
@@ -116,8 +124,28 @@ def last_growths(run: Outcome, reference: Sequence[Outcome]) -> dict[str, float]
 
 
 @dataclass(frozen=True)
+class MeanGrowth:
+    """Geometric mean over runs of the multiple of an output. A run in which the output is 0, `dead`, has no logarithm."""
+
+    times: float  # over the runs in which it is not 0; 0 where there are none
+    dead: int
+
+    def __str__(self) -> str:
+        return f"{self.times:.3g}" + (f" (0 in {self.dead})" if self.dead else "")
+
+
+def mean_growth(times: Sequence[float]) -> MeanGrowth:
+    """Of one output, a number a run."""
+    alive = [value for value in times if value]
+    return MeanGrowth(geometric_mean(alive) if alive else 0.0, len(times) - len(alive))
+
+
+@dataclass(frozen=True)
 class ArmSummary:
-    """One arm over all rates. `limit`: the largest rate up to which no seed diverged, 0 where there is none."""
+    """One arm over all rates. `limit`: the largest rate up to which no seed diverged, 0 where there is none.
+
+    `best` is infinite, and `sensitivity` no number, where every rate has a run that failed in its first step.
+    """
 
     arm: str
     cells: Mapping[float, Sequence[Outcome]]
@@ -140,11 +168,13 @@ class ArmSummary:
         found = (first_growth(run, self.reference, slots) for run in self.diverged)
         return Counter("nothing" if growth is None else growth.slot for growth in found)
 
-    def grew_by(self) -> dict[str, float]:
-        """Slot -> geometric mean over the diverged runs of the multiple of its worst layer at the end."""
-        runs = [growth for run in self.diverged if (growth := last_growths(run, self.reference))]
-        slots = dict.fromkeys(slot for growth in runs for slot in growth)
-        return {slot: geometric_mean(growth[slot] for growth in runs) for slot in slots}
+    def grew_by(self) -> dict[str, MeanGrowth]:
+        """Slot -> mean over the diverged runs of the multiple of its worst layer at the end."""
+        found: dict[str, list[float]] = {}
+        for run in self.diverged:
+            for slot, times in last_growths(run, self.reference).items():
+                found.setdefault(slot, []).append(times)
+        return {slot: mean_growth(times) for slot, times in found.items()}
 
 
 def summarize(outcomes: Sequence[Outcome]) -> list[ArmSummary]:
@@ -181,7 +211,8 @@ def _line(cells: Sequence[str]) -> str:
 def _row(summary: ArmSummary, rates: Sequence[float]) -> list[str]:
     cells = [_cell(summary.cells.get(lr, ())) for lr in rates]
     limit = f"{summary.limit:g}" if summary.limit else "none"
-    return [summary.arm, *cells, limit, f"{summary.sensitivity:.3f}", *(_first(summary, s) for s in ("", "mamba2."))]
+    sensitivity = f"{summary.sensitivity:.3f}" if math.isfinite(summary.sensitivity) else "none"
+    return [summary.arm, *cells, limit, sensitivity, *(_first(summary, slots) for slots in ("", "mamba2."))]
 
 
 def _first(summary: ArmSummary, slots: str) -> str:
@@ -196,15 +227,18 @@ def _cell(runs: Sequence[Outcome]) -> str:
     losses = [run.counted for run in runs]
     bad = sum(bool(run.why) for run in runs)
     spread = f" ± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else ""
-    text = f"{fmean(losses):.3f}{spread}"
+    text = f"{fmean(losses):.3f}{spread}" if math.isfinite(max(losses)) else "no loss"
     return f"{text} ({bad}/{len(runs)} diverged)" if bad else text
 
 
 def growth_markdown(summaries: Sequence[ArmSummary]) -> str:
-    """How many times larger than at the limit the outputs of diverged runs were at the end: a row a slot, a column an arm."""
+    """How many times larger than at the limit the outputs of diverged runs were at the end: a row a slot, a column an arm.
+
+    Empty where an arm has no such layers.
+    """
     columns = {summary.arm: growth for summary in summaries if (growth := summary.grew_by())}
     slots = sorted(dict.fromkeys(slot for growth in columns.values() for slot in growth))
-    rows = [[slot, *(f"{growth[slot]:.3g}" for growth in columns.values())] for slot in slots]
+    rows = [[slot, *(str(growth.get(slot, "")) for growth in columns.values())] for slot in slots]
     head = ["output", *columns]
     return "\n".join(_line(cells) for cells in [head, ["---"] * len(head), *rows]) + "\n"
 
@@ -223,18 +257,23 @@ def table(summaries: Sequence[ArmSummary]) -> str:
 
 
 def draw(summaries: Sequence[ArmSummary], path: Path) -> None:
-    """Final loss over the learning rate as a PNG: a line an arm, the spread of its seeds, a cross where one diverged."""
+    """Final loss over the learning rate as a PNG: a line an arm, the spread of its seeds, a cross where one diverged.
+
+    A run without any loss stands as high as the worst that has one.
+    """
     from matplotlib.figure import Figure  # a second of import, only for who draws
 
+    every = [run.counted for summary in summaries for runs in summary.cells.values() for run in runs]
+    top = max(filter(math.isfinite, every), default=1.0)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     for number, summary in enumerate(summaries):
         color, rates = f"C{number % 10}", list(summary.cells)
-        losses = [[run.counted for run in runs] for runs in summary.cells.values()]
+        losses = [[min(run.counted, top) for run in runs] for runs in summary.cells.values()]
         style = "-" if number < 10 else "--"
         axes.plot(rates, [fmean(of) for of in losses], style, marker=".", color=color, label=summary.arm)
         axes.fill_between(rates, [min(of) for of in losses], [max(of) for of in losses], color=color, alpha=0.15)
-        bad = [(run.lr, run.counted) for runs in summary.cells.values() for run in runs if run.why]
+        bad = [(run.lr, min(run.counted, top)) for runs in summary.cells.values() for run in runs if run.why]
         axes.plot([lr for lr, _ in bad], [loss for _, loss in bad], "x", color=color, markersize=9)
     axes.set(xscale="log", xlabel="learning rate", ylabel="final training loss, nats per token (x: diverged)")
     axes.grid(alpha=0.3)

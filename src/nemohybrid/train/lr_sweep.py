@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file."""
-        return f"{self.arm}_lr{self.lr:g}_seed{self.seed}"
+        """Of its file: another for every other rate, however near."""
+        short = f"{self.lr:g}"
+        return f"{self.arm}_lr{short if float(short) == self.lr else repr(self.lr)}_seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -82,30 +84,55 @@ class Sweep:
 
         Raises ConfigError, before the first run, for whatever is wrong in any arm.
         """
-        bases = {arm: self._base(overrides) for arm, overrides in self.arms.items()}
         for seed in range(self.seeds):
             for lr in self.lrs:
-                for arm, base in bases.items():
+                for arm, base in self.bases.items():
                     cell = Cell(arm, lr, base.run.seed + seed)
-                    run, optim = replace(base.run, seed=cell.seed), replace(base.optim, lr=lr)
-                    config = replace(base, run=run, optim=optim)
-                    config.freeze()
-                    yield cell, config
+                    yield cell, self.config_of(cell, base)
 
-    def _base(self, arm: Sequence[str]) -> RunConfig:
-        own = [f"train.steps={self.steps}", f"run.dir={self.output}", f"data.cache={self.output / 'data'}"]
-        return load_config([*self.overrides, *arm, *own])
+    @cached_property
+    def bases(self) -> Mapping[str, RunConfig]:
+        """Name -> configuration of each arm, without rate, seed and folder. Raises ConfigError as `cells` does."""
+        bases = self.compose(self.arms)
+        same: dict[str, str] = {}
+        for arm, base in bases.items():
+            first = same.setdefault(settings_digest(base), arm)
+            if first != arm:
+                raise ConfigError(f"arms {first} and {arm} come to the same settings: comparing them shows nothing")
+        return bases
+
+    def compose(self, arms: Mapping[str, Sequence[str]]) -> dict[str, RunConfig]:
+        """Raises ConfigError naming every arm that is wrong, those with the same fault together."""
+        found: dict[str, RunConfig] = {}
+        faults: dict[str, list[str]] = {}
+        for arm, overrides in arms.items():
+            try:
+                found[arm] = load_config([*self.overrides, *overrides, f"train.steps={self.steps}"])
+            except ConfigError as error:
+                faults.setdefault(str(error), []).append(arm)
+        if faults:
+            raise ConfigError("\n".join(f"arm {', '.join(names)}: {fault}" for fault, names in faults.items()))
+        return found
+
+    def config_of(self, cell: Cell, base: RunConfig) -> RunConfig:
+        """What the cell trains. The folder is taken as it is, not as a word of Hydra's, where `,` `(` `=` `$` mean something."""
+        run = replace(base.run, seed=cell.seed, dir=str(self.output))
+        data = replace(base.data, cache=str(self.output / "data"))
+        config = replace(base, run=run, data=data, optim=replace(base.optim, lr=cell.lr))
+        config.freeze()
+        return config
 
 
 def run_cells(sweep: Sweep, context: ParallelContext, signals: StopSignals) -> int:
     """Run every cell that has no record yet; returns the signal that stopped it, or 0.
 
-    Raises ConfigError for a record that was made with other settings.
+    Raises ConfigError, before the first run, for a record that was made with other settings.
     """
     cells = list(sweep.cells())
+    check_records(sweep)
     for number, (cell, config) in enumerate(cells, 1):
         file = sweep.output / "cells" / f"{cell.name}.json"
-        if _is_done(file, config):
+        if file.is_file():
             continue
         record = run_cell(cell, config, context, signals, sweep.measure_every)
         if record is None:
@@ -124,12 +151,26 @@ def _write(file: Path, record: dict[str, Any]) -> None:
     part.replace(file)
 
 
-def _is_done(file: Path, config: RunConfig) -> bool:
-    if not file.is_file():
-        return False
-    if json.loads(file.read_text())["settings"] != settings_digest(config):
-        raise ConfigError(f"{file} was made with other settings. Take those back, give another --output, or delete it")
-    return True
+def check_records(sweep: Sweep) -> None:
+    """Raise ConfigError if any record was made with other settings, whether its rate and seed are asked for again or not.
+
+    The report has them all in one table. Of an arm of one's own that is not named again only its file is known.
+    """
+    folder = sweep.output / "cells"
+    records = {file: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    absent = {record["arm"] for record in records.values()} - sweep.arms.keys()
+    try:
+        bases = {**sweep.bases, **sweep.compose({arm: ARMS[arm] for arm in ARMS if arm in absent})}
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} was made with other settings: these do not allow an arm of it. Give another --output\n{error}"
+        ) from None
+    for file, record in records.items():
+        cell = Cell(record["arm"], record["lr"], record["seed"])
+        if cell.arm in bases and record["settings"] != settings_digest(sweep.config_of(cell, bases[cell.arm])):
+            raise ConfigError(
+                f"{file} was made with other settings. Take those back, give another --output, or delete it"
+            )
 
 
 def settings_digest(config: RunConfig) -> str:

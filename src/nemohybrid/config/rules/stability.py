@@ -24,6 +24,7 @@ OF_LAYERS = {
     "attention.softcap": "*",
     "mamba_bc_norm": "M",
     "mamba_x_norm": "M",
+    "dt_limit": "M",
 }
 """Key of `model` -> the layers without which it would change nothing."""
 
@@ -35,7 +36,7 @@ def options_are_of_layers(now: Situation) -> Violation | None:
     for key, symbol in OF_LAYERS.items():
         if values[key] and now.pattern is not None and not now.has(symbol):
             legal = {
-                f"model.{key}": "null" if key.endswith("softcap") else "false",
+                f"model.{key}": "false" if isinstance(values[key], bool) else "null",
                 "model.pattern": f"with a {symbol}",
             }
             return Violation(f"model.{key}={values[key]}", f"no layer of the pattern is {symbol!r}", legal)
