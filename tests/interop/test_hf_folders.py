@@ -152,11 +152,55 @@ def test_a_broken_index_is_named(content, changed_folder):
         load_hf(folder)
 
 
-def test_a_damaged_weight_file_is_named(changed_folder):
+def with_header(content, change):
+    """The bytes of a safetensors file with other entries."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def last_tensor(file):
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+
+
+DAMAGE = {
+    "empty": (lambda c: b"", "backbone.embeddings.weight is lost: the file ends within its header, at byte 0"),
+    "header cut": (lambda c: c[:100], "embeddings.weight is lost: the file ends within its header, at byte 100"),
+    "header damaged": (lambda c: c[:8] + b"x" + c[9:], "embeddings.weight is lost: the header is damaged"),
+    "data cut": (lambda c: c[:-4], "{last!r} is cut off: it needs the bytes .* of the data, and the file holds"),
+    "longer": (lambda c: c + b"1234", "4 bytes after {last!r} belong to no tensor"),
+    "an entry": (
+        lambda c: with_header(c, lambda h: h["lm_head.weight"].update(data_offsets=[0])),
+        "'lm_head.weight' has a damaged entry",
+    ),
+    "a place": (
+        lambda c: with_header(c, lambda h: h["lm_head.weight"].update(shape=[63, 32])),
+        "'lm_head.weight' does not lie where its shape",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_weight_file_is_refused_with_its_first_tensor(damage, message, changed_folder):
     folder = changed_folder("dense")
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+    file = folder / "model.safetensors"
+    message = message.format(last=last_tensor(file))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors cannot be read: .*{message}"):
+        load_hf(folder)
+
+
+def test_a_shard_without_a_header_is_refused_with_its_first_tensor_in_the_index(changed_folder):
+    folder = changed_folder("dense")
+    into_shards(folder)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+    listed = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    lost = next(name for name, file in listed.items() if file == "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=rf"00002-of-00002\.safetensors cannot be read: {lost} is lost"):
         load_hf(folder)
 
 
@@ -210,6 +254,11 @@ LIES = {
         lambda m: m.update(more="model-00003-of-00003.safetensors"),
         "model-00003-of-00003.safetensors not found; .* says that it holds more",
     ),
+    "a long name": (
+        lambda m: m.update(more="a" * 5000 + ".safetensors"),
+        "a.safetensors not found; .* says that it holds more",
+    ),
+    "half a letter": (lambda m: m.update({"\ud800": "a"}), "is not JSON: .*surrogates not allowed"),
     "no file name": (lambda m: m.update(more=3), "more is in 3: not a safetensors file"),
     "pickled": (lambda m: m.update(more="pytorch_model.bin"), "more is in 'pytorch_model.bin': not a safetensors file"),
 }
@@ -239,6 +288,24 @@ def test_types_that_fp32_does_not_hold_are_refused(changed_folder):
 
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is F64\. Legal: F32, BF16, F16"):
         load_hf(changed_folder("dense", tensors=to_float64))
+
+
+def test_eight_bits_without_their_scales_are_refused(changed_folder):
+    def to_float8(weights):
+        weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.float8_e4m3fn)
+
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is F8_E4M3\. Legal: F32, BF16, F16"):
+        load_hf(changed_folder("dense", tensors=to_float8))
+
+
+def test_a_folder_does_not_choose_what_the_caller_computes_in(changed_folder):
+    with pytest.raises(CheckpointError, match=r"nemohybrid\.dtype: no such setting"):
+        load_hf(changed_folder("dense", {"nemohybrid": {"dtype": "bfloat16"}}))
+
+
+def test_a_padding_beyond_all_measure_is_refused_before_it_is_allocated(changed_folder):
+    with pytest.raises(CheckpointError, match=r"vocab_multiple=1000000000 would pad 64 ids .* Legal: up to 1024"):
+        load_hf(changed_folder("dense", {"nemohybrid": {"vocab_multiple": 10**9}}))
 
 
 def test_more_experts_than_tensors_are_refused_before_they_are_counted(changed_folder):

@@ -82,6 +82,15 @@ def test_bf16_keeps_what_bf16_can_hold_and_the_rest_in_fp32(model, tmp_path):
     assert_same_bits(all_tensors(load_hf(folder)), all_tensors(model))
 
 
+def test_a_padding_that_no_reader_would_take_is_left_out(tiny_model, tmp_path):
+    """Its rows mean nothing. The export must not be one that we refuse ourselves."""
+    model = tiny_model("M-", vocab_multiple=2000)
+    read = load_hf(save_hf(model, tmp_path / "hf"))
+    assert read.config.vocab_multiple == 1
+    rows = read.config.vocab_size
+    assert torch.equal(read.embedding.weight, model.embedding.weight[:rows])
+
+
 @pytest.mark.parametrize("name", ["gate.e_score_correction_bias", "shared_experts.up_proj.weight"])
 def test_what_the_settings_do_without_must_be_zero(name, tiny_model, tmp_path):
     folder = save_hf(tiny_model(**MODELS["no shared expert, no bias"]), tmp_path / "hf")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 EXAMPLE = """example:
   nemohybrid export-hf --checkpoint runs/quickstart --output exported --dtype bfloat16"""
-UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parser() -> argparse.ArgumentParser:

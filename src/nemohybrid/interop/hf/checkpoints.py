@@ -11,16 +11,19 @@ from nemohybrid.checkpoint.files import explained
 from nemohybrid.checkpoint.folders import find_checkpoints
 from nemohybrid.checkpoint.load import load_checkpoint
 from nemohybrid.checkpoint.save import save_checkpoint
+from nemohybrid.config.model import ModelConfig
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml, read_config_yaml
 from nemohybrid.data.tokenizer import load_tokenizer
 from nemohybrid.data.tokenizer_base import MODEL_FILE, TOKENIZER_FILE, Tokenizer
 from nemohybrid.errors import CheckpointError, DataError
+from nemohybrid.interop.hf.files import CONFIG, json_object
 from nemohybrid.interop.hf.load import load_hf
 from nemohybrid.interop.hf.names import disk_tensors
 from nemohybrid.interop.hf.save import SHARD_BYTES, Format, write_folder
+from nemohybrid.interop.hf.special_ids import ids_file, read_ids, special_ids
 from nemohybrid.interop.hf.tokenizer_files import read_tokenizer
-from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.hybrid import DTYPES, HybridModel
 from nemohybrid.parallel.layout import logical_parameters
 
 
@@ -29,6 +32,7 @@ def import_checkpoint(
 ) -> tuple[Path, Tokenizer | None]:
     """Make `output/checkpoints/step_00000000` from a NemotronH folder: weights, configuration, tokenizer, no optimizer.
 
+    It computes in the dtype that is the default for training, whatever the folder is stored in; the weights are fp32.
     Returns the checkpoint, and the tokenizer where the folder has one. Raises CheckpointError like `load_hf`, and for an
     `output` that has checkpoints; DataError for a tokenizer that we cannot use.
     """
@@ -36,7 +40,7 @@ def import_checkpoint(
     if existing := find_checkpoints(root):
         raise CheckpointError(f"{existing[0]} is there already; nothing is overwritten. Give another output")
     tokenizer = read_tokenizer(folder, eod_token)
-    model = load_hf(folder, mtp_depth=mtp_depth)
+    model = load_hf(folder, DTYPES[ModelConfig().dtype], mtp_depth=mtp_depth)
     rows = model.config.vocab_size or 0
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise DataError(f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, the model {rows}")
@@ -46,6 +50,7 @@ def import_checkpoint(
         if tokenizer is not None:
             tokenizer.save(scratch)
         extra = {file.name: file for file in Path(scratch).iterdir()}
+        extra |= ids_file(special_ids(json_object(folder / CONFIG)))
         config = config_yaml(RunConfig(model=model.config))
         return save_checkpoint(root, 0, tensors, state, {"config.yaml": config, **extra}), tokenizer
 
@@ -65,7 +70,7 @@ def export_checkpoint(
         model = HybridModel(config.model)
     names = {name for tensor in disk_tensors(model).values() for name in tensor.parts}
     shapes = {name: value for name, value in _values(model).items() if name in names}
-    form = Format(dtype, max_shard_bytes, config.data.sequence_length)
+    form = Format(dtype, max_shard_bytes, config.data.sequence_length, read_ids(checkpoint))
     return write_folder(folder, model, CheckpointValues(checkpoint, shapes), form, _tokenizer_of(checkpoint))
 
 

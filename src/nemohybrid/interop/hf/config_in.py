@@ -16,7 +16,17 @@ from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.section import leaves
 from nemohybrid.config.violation import Violation
 from nemohybrid.errors import CheckpointError, ConfigError
-from nemohybrid.interop.hf.fields import FIELDS, FIXED, MODEL_TYPE, OURS, SAID_TWICE, SYMBOL_OF_BLOCK, Field
+from nemohybrid.interop.hf.fields import (
+    FIELDS,
+    FIXED,
+    MODEL_TYPE,
+    MOST_PADDING,
+    OF_THE_READER,
+    OURS,
+    SAID_TWICE,
+    SYMBOL_OF_BLOCK,
+    Field,
+)
 from nemohybrid.interop.hf.files import CONFIG, json_object
 from nemohybrid.model.hybrid import DTYPES
 from nemohybrid.pattern import Pattern
@@ -67,8 +77,18 @@ def _checked(values: Mapping[str, Any]) -> ModelConfig:
     if violations:
         theirs = {field.ours: field.theirs for field in FIELDS}
         raise CheckpointError("; ".join(str(_renamed(violation, theirs)).strip() for violation in violations))
+    if not may_pad(model):
+        raise CheckpointError(
+            f"{OURS}.vocab_multiple={model.vocab_multiple} would pad {model.vocab_size} ids to as many rows. "
+            f"Legal: up to {max(MOST_PADDING, model.vocab_size or 0)}"
+        )
     model.freeze()
     return model
+
+
+def may_pad(model: ModelConfig) -> bool:
+    """Whether the padding of the vocabulary is small enough to be taken from a folder."""
+    return model.vocab_multiple <= max(MOST_PADDING, model.vocab_size or 0)
 
 
 def _renamed(violation: Violation, theirs: Mapping[str, str]) -> Violation:
@@ -153,7 +173,7 @@ def _ours(hf: Mapping[str, Any], pattern: Pattern, repeats: bool, said: set[str]
     ours = hf.get(OURS) or {}
     if not isinstance(ours, dict):
         raise CheckpointError(f"{OURS} is not an object")
-    known = {key for key, _, _ in leaves(ModelConfig())} - said | SAID_TWICE
+    known = {key for key, _, _ in leaves(ModelConfig())} - said - OF_THE_READER | SAID_TWICE
     if illegal := next((key for key in ours if key not in known), None):
         raise CheckpointError(f"{OURS}.{illegal}: no such setting, or one that has a field of its own")
     full = parse_pattern(str(ours.get("pattern", pattern.canonical)))

@@ -7,8 +7,18 @@ import torch
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.config.section import leaves
 from nemohybrid.errors import CheckpointError
-from nemohybrid.interop.hf.config_in import config_of
-from nemohybrid.interop.hf.fields import BLOCK_OF_SYMBOL, FIELDS, FIXED, MODEL_TYPE, NOT_THERE, OURS, OURS_ALONE
+from nemohybrid.interop.hf.config_in import config_of, may_pad
+from nemohybrid.interop.hf.fields import (
+    BLOCK_OF_SYMBOL,
+    FIELDS,
+    FIXED,
+    MODEL_TYPE,
+    NOT_THERE,
+    OF_THE_READER,
+    OURS,
+    OURS_ALONE,
+)
+from nemohybrid.interop.hf.special_ids import NO_IDS, SPECIAL_IDS, SpecialIds
 from nemohybrid.symbols import parse_pattern
 
 NO_FLOOR = 1e-30
@@ -17,11 +27,11 @@ DEFAULT_LENGTH = 8192
 
 
 def config_json(
-    config: ModelConfig, dtype: torch.dtype, eod: int | None = None, length: int = DEFAULT_LENGTH
+    config: ModelConfig, dtype: torch.dtype, ids: SpecialIds = NO_IDS, length: int = DEFAULT_LENGTH
 ) -> dict[str, Any]:
     """The content of `config.json` for weights stored in `dtype`.
 
-    eod: the token that ends a document; length: of the sequences it was trained on (nothing here limits positions).
+    ids: of special tokens; length: of the sequences it was trained on (nothing here limits positions).
     Raises CheckpointError that lists every setting for which there is no field and no equivalent.
     """
     _refuse_what_is_not_there(config)
@@ -40,12 +50,12 @@ def config_json(
         "time_step_min": NO_FLOOR,
         "n_shared_experts": 1,
         "max_position_embeddings": length,
-        "bos_token_id": None,
-        "eos_token_id": eod,
-        "pad_token_id": None,
+        **dict.fromkeys(SPECIAL_IDS),
+        **ids,
     }
     plain = {key: value for key, _, value in leaves(config_of(hf, "", torch.float32))}
-    hf[OURS] = {key: value for key, value in settings.items() if value != plain[key] and key != "dtype"}
+    left_out = OF_THE_READER if may_pad(config) else OF_THE_READER | {"vocab_multiple"}  # rows without meaning
+    hf[OURS] = {key: value for key, value in settings.items() if value != plain[key] and key not in left_out}
     return hf
 
 

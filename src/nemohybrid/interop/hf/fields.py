@@ -98,6 +98,12 @@ OURS_ALONE = {
 SAID_TWICE = {"chunk_size", "shared_expert_ffn_hidden_size"}
 """Keys of `model` that have a field and may say more: no chunk size is the best for the device, a width of 0 no expert."""
 
+OF_THE_READER = {"dtype"}
+"""Keys of `model` that whoever reads a folder chooses; nothing in it may."""
+
+MOST_PADDING = 1024
+"""Vocabularies may be padded to a multiple of this, or of themselves: no folder makes us take much more than it holds."""
+
 NOT_THERE = {
     "activation": "MLPs and experts there are squared ReLU",
     "linear_bias": "attention there has no biases",

@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemohybrid.errors import CheckpointError
+from nemohybrid.interop.hf.damage import first_damage
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FIRST_TENSOR = "backbone.embeddings.weight"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -32,6 +34,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. NaN is refused, an infinity is not: NVIDIA's configurations have one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be printed or saved
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     except OSError as error:
@@ -51,12 +54,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder by name, from the headers alone.
 
     Raises CheckpointError for missing, truncated or pickled weights, and where the index says anything that the files
-    do not: the first such tensor or file is named.
+    do not: the first such tensor is named.
     """
     listed = _weight_map(folder)
     tensors: dict[str, Stored] = {}
     for file in sorted({folder / name for name in listed.values()}) or [folder / WEIGHTS]:
-        for name, stored in _header(file):
+        expected = next((name for name, place in listed.items() if place == file.name), FIRST_TENSOR)
+        for name, stored in _header(file, expected):
             if listed and listed.get(name) != file.name:
                 where = f"in {listed[name]}" if name in listed else "nowhere"
                 raise CheckpointError(f"{folder / INDEX} says that {name} is {where}, but it is in {file.name}")
@@ -95,12 +99,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
     listed = json_object(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / INDEX} has no weight_map: tensor name -> file")
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for name, file in listed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{folder / INDEX} says that {name} is in {file!r}: not a safetensors file in {folder}"
             )
-        if not (folder / file).is_file():
+        if file not in there:
             raise CheckpointError(f"{folder / file} not found; {folder / INDEX} says that it holds {name}")
     return listed
 
@@ -110,17 +115,20 @@ def _pickled(folder: Path) -> str:
     return f". {found[0]} is pickled, which could run code, and is never read; save it as safetensors" if found else ""
 
 
-def _header(file: Path) -> Iterator[tuple[str, Stored]]:
-    with _opened(file) as content:
+def _header(file: Path, expected: str) -> Iterator[tuple[str, Stored]]:
+    """expected: the tensor to name where the header tells none."""
+    with _opened(file, expected) as content:
         for name in content.keys():  # noqa: SIM118 - not a mapping
             entry = content.get_slice(name)
             yield name, Stored(file, entry.get_shape(), entry.get_dtype())
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path, expected: str = FIRST_TENSOR) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as content:
             yield content
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read: {first_damage(file, expected) or error}") from error
+    except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error

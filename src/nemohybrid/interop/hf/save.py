@@ -5,7 +5,7 @@ import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nemohybrid.errors import CheckpointError
 from nemohybrid.interop.hf.config_out import DEFAULT_LENGTH, config_json
 from nemohybrid.interop.hf.files import CONFIG, INDEX, WEIGHTS
 from nemohybrid.interop.hf.names import DiskTensor, disk_tensors
+from nemohybrid.interop.hf.special_ids import SpecialIds
 from nemohybrid.interop.hf.tokenizer_files import write_tokenizer
 from nemohybrid.model.hybrid import DTYPES, HybridModel
 from nemohybrid.parallel.layout import logical_parameters
@@ -31,11 +32,16 @@ Values = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """How a folder is written. dtype: of what need not stay fp32; length: of the sequences of the training."""
+    """How a folder is written.
+
+    dtype: of what need not stay fp32; length: of the sequences of the training; ids: of special tokens, where no tokenizer
+    says what ends a document.
+    """
 
     dtype: torch.dtype = torch.float32
     max_shard_bytes: int = SHARD_BYTES
     length: int = DEFAULT_LENGTH
+    ids: SpecialIds = field(default_factory=dict)
 
     def dtype_of(self, tensor: DiskTensor) -> torch.dtype:
         """What a tensor is stored in."""
@@ -69,7 +75,8 @@ def write_folder(folder: Path, model: HybridModel, values: Values, form: Format,
     """`save_hf` with values from elsewhere: the model says names and shapes only, and may be on the meta device."""
     if form.dtype not in DTYPES.values():
         raise CheckpointError(f"dtype={form.dtype} was asked for. Legal: {', '.join(map(str, DTYPES.values()))}")
-    config = config_json(model.config, form.dtype, None if tokenizer is None else tokenizer.eod, form.length)
+    ids = form.ids if tokenizer is None else {**form.ids, "eos_token_id": tokenizer.eod}
+    config = config_json(model.config, form.dtype, ids, form.length)
     with _appearing(folder) as temp:
         _write_weights(temp, list(disk_tensors(model).values()), values, form)
         if tokenizer is not None:
