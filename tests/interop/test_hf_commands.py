@@ -1,6 +1,7 @@
 """`import-hf`, `export-hf`, and runs that start from weights of others."""
 
 import json
+import shutil
 import string
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from nemohybrid.__main__ import main
 from nemohybrid.checkpoint import read_metadata, read_state
 from nemohybrid.cli.export_hf import size
+from nemohybrid.cli.initial_model import with_initial_model
+from nemohybrid.config.compose import load_model_config
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import read_config_yaml
 from nemohybrid.data.prepare import prepare
@@ -18,6 +21,7 @@ from nemohybrid.errors import CheckpointError
 from nemohybrid.generate.load import load_for_inference
 from nemohybrid.interop.hf import load_hf, save_hf
 from nemohybrid.parallel.layout import logical_parameters
+from nemohybrid.symbols import parse_pattern
 from nemohybrid.train.initial import load_initial_weights
 
 RUN = [
@@ -29,7 +33,13 @@ RUN = [
     "logging.picture=false",
     "logging.console=quiet",
 ]
-TINY = ["model=tiny_latent_mtp", "model.hidden_size=32", "model.dtype=float32", 'model.pattern="M|E*/*E/*E"']
+TINY = [
+    "model=tiny_latent_mtp",
+    "model.hidden_size=32",
+    "model.moe_latent_size=16",
+    "model.dtype=float32",
+    'model.pattern="M|E*/*E/*E"',
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +97,9 @@ def test_the_streamed_export_is_the_export_of_the_model(trained, travelled, tmp_
 
 
 def test_an_import_generates_what_the_checkpoint_generates(trained, travelled, capsys):
-    texts = []
+    texts, options = [], ["--greedy", "--max-new-tokens", "8", "--dtype", "float32"]
     for run in (trained, travelled[1]):
-        assert (
-            main(["generate", "--checkpoint", str(run), "--prompt", "To be", "--greedy", "--max-new-tokens", "8"]) == 0
-        )
+        assert main(["generate", "--checkpoint", str(run), "--prompt", "To be", *options]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
@@ -104,8 +112,8 @@ def test_an_import_is_a_checkpoint_of_step_0_without_optimizer(travelled):
 
 
 def test_a_run_starts_from_imported_weights_with_a_fresh_optimizer_at_step_0(travelled, words, tmp_path, capsys):
-    """The settings of the model come along. A learning rate of 0 leaves the weights as they were read."""
-    still = [f"init_from={travelled[1]}", "optim.lr=0", "model.router.bias_update_rate=0"]
+    """The settings of the weights come along. A learning rate of 0 leaves the weights as they were read."""
+    still = [f"init_from={travelled[1]}", "optim.lr=0", "model.router.bias_update_rate=0", "model.dtype=float32"]
     assert main(["train", *words, *still, f"run.dir={tmp_path}/run"]) == 0
     assert "starting from the weights of" in capsys.readouterr().out
     before, after = weights_of(travelled[1]), weights_of(tmp_path / "run")
@@ -114,6 +122,51 @@ def test_a_run_starts_from_imported_weights_with_a_fresh_optimizer_at_step_0(tra
     assert config.model.pattern == "M|E*/*E/*E"
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
+
+
+def composed(run, *words):
+    return load_model_config(with_initial_model([f"init_from={run}", *words])).model
+
+
+def test_a_recipe_decides_how_weights_are_trained_and_the_weights_what_the_model_is(travelled):
+    """A repeated MTP block may be run at more depths; sizes must be those of the weights."""
+    plain = load_model_config(["experiment=tiny_nemotron3_ultra"]).model
+    (checkpoint,) = (travelled[1] / "checkpoints").iterdir()
+    layers = parse_pattern(plain.pattern)
+    one_depth = f"{layers.main}/{layers.mtp}"
+    config = (checkpoint / "config.yaml").read_text()
+    changed = config.replace("pattern: M|E*/*E/*E", f"pattern: {one_depth}").replace(
+        "loss_weight: 0.3", "loss_weight: 0.7"
+    )
+    assert changed.count(one_depth) == 1
+    folder = checkpoint.parent.parent / "one_depth"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(changed)
+    model = composed(folder, "experiment=tiny_nemotron3_ultra")
+    assert model.pattern == plain.pattern != one_depth
+    assert (model.mtp.loss_weight, model.dtype) == (plain.mtp.loss_weight, plain.dtype)
+    assert (model.router.aux_loss_weight, model.init_std) == (plain.router.aux_loss_weight, plain.init_std)
+    assert model.hidden_size == 32 != plain.hidden_size
+    assert composed(folder).pattern == one_depth
+    assert composed(travelled[1], "experiment=tiny_nemotron3_ultra").pattern == "M|E*/*E/*E", "layers without weights"
+
+
+def test_weights_are_trained_in_bfloat16_unless_the_user_says_otherwise(travelled):
+    (checkpoint,) = (travelled[1] / "checkpoints").iterdir()
+    assert read_config_yaml(checkpoint / "config.yaml").model.dtype == "bfloat16"
+    assert composed(travelled[1]).dtype == "bfloat16"
+    assert composed(travelled[1], "model.dtype=float32").dtype == "float32"
+
+
+def test_weights_named_themselves_are_hashed_before_use(travelled, words, tmp_path, capsys):
+    (checkpoint,) = (travelled[1] / "checkpoints").iterdir()
+    copy = shutil.copytree(checkpoint, tmp_path / "step_00000000")
+    (file,) = copy.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["train", *words, f"init_from={copy}", f"run.dir={tmp_path}/run"]) == 1
+    assert "is damaged: its sha256 is" in capsys.readouterr().err
 
 
 def test_a_run_that_started_from_weights_resumes_from_its_own(travelled, words, tmp_path, capsys):
@@ -193,6 +246,25 @@ def test_weights_without_a_tokenizer_are_imported_and_told(untouched_folder, tmp
     assert load_hf(tmp_path / "hf").config.pattern == "ME*E/*E/*E"
 
 
-@pytest.mark.parametrize(("text", "number"), [("5GB", 5 * 10**9), ("0.5mb", 500_000), ("2 GiB", 2**31), ("7", 7)])
+def test_ids_of_special_tokens_survive_without_a_tokenizer(changed_folder, tmp_path):
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}
+    folder = changed_folder("dense", ids)
+    assert main(["import-hf", "--input", str(folder), "--output", str(tmp_path / "run")]) == 0
+    assert main(["export-hf", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "hf")]) == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert {name: config[name] for name in ids} == ids
+
+
+@pytest.mark.parametrize("value", ["2", True, -1, [2, "3"], {}])
+def test_an_id_that_is_none_is_refused(value, changed_folder, tmp_path, capsys):
+    folder = changed_folder("dense", {"eos_token_id": value})
+    assert main(["import-hf", "--input", str(folder), "--output", str(tmp_path / "run")]) == 1
+    assert "is no id of a token" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("5GB", 5 * 10**9), ("20KB", 20_000), ("0.5mb", 500_000), ("2 GiB", 2**31), ("7", 7)]
+)
 def test_sizes_of_shards_are_read(text, number):
     assert size(text) == number

@@ -1,11 +1,13 @@
-"""`init_from=FOLDER` on a command line brings the settings of the model along."""
+"""`init_from=FOLDER` on a command line brings along the settings of the model that its weights need."""
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nemohybrid.config.section import leaves
+from nemohybrid.config.compose import compose_raw
+from nemohybrid.config.model import ModelConfig
 from nemohybrid.config.yaml import read_config_yaml
 from nemohybrid.errors import ConfigError
 
@@ -13,8 +15,9 @@ KEY = "init_from="
 
 
 def with_initial_model(argv: Sequence[str]) -> list[str]:
-    """The words, with `model.<key>=...` of what `init_from` names in front, so that keys given later win.
+    """The words, with `model.<key>=...` of what the weights of `init_from` need in front, so that keys given later win.
 
+    How a model is trained (losses, balancing, dtype, first values) is left to the recipe and the command line.
     As they are without `init_from`, and with a `model=NAME`, which then must be the same model.
     """
     folders = [word.removeprefix(KEY) for word in argv if word.startswith(KEY)]
@@ -23,8 +26,20 @@ def with_initial_model(argv: Sequence[str]) -> list[str]:
     file = _config_file(Path(folders[-1].strip("'\"")))
     if file is None:  # whoever reads the checkpoint says what is wrong with it
         return list(argv)
-    model = read_config_yaml(file).model
-    return [f"model.{key}={_word(key, value)}" for key, _, value in leaves(model)] + list(argv)
+    settings = _carried(read_config_yaml(file).model, [word for word in argv if word.startswith("experiment=")])
+    return [f"model.{key}={_word(key, value)}" for key, value in settings.items()] + list(argv)
+
+
+def _carried(model: ModelConfig, recipe: Sequence[str]) -> dict[str, Any]:
+    """Settings by key. A recipe with the same layers may cut them and repeat an MTP block as it likes."""
+    from nemohybrid.train.initial import settings_of_weights, stored_layers  # torch takes seconds
+
+    settings, repeats = {"name": model.name} | settings_of_weights(model), model.mtp.repeat_block
+    with suppress(ConfigError):  # whoever composes the whole says what is wrong with the recipe
+        theirs = str(compose_raw(recipe).model.pattern) if recipe else model.pattern
+        if stored_layers(theirs, repeats) == stored_layers(model.pattern, repeats):
+            settings["pattern"] = theirs
+    return settings
 
 
 def _config_file(folder: Path) -> Path | None:

@@ -16,8 +16,8 @@ from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.symbols import parse_pattern
 from nemohybrid.train.state import FREE_IN_MODEL, changed_settings, model_tensors
 
-OF_TRAINING = ("init_std", "rescale_output_init", "dt_min", "dt_max", "dt_init_floor", "pattern")
-"""Beginnings of keys of `model` that may differ too where the same weights compute the same. Layers are compared."""
+OF_TRAINING = ("init_std", "rescale_output_init", "dt_min", "dt_max", "dt_init_floor")
+"""Beginnings of keys of `model` that may differ too where the same weights compute the same."""
 
 
 def load_initial_weights(config: RunConfig, model: HybridModel, tokenizer: Tokenizer) -> list[str]:
@@ -42,17 +42,26 @@ def _check_same_model(checkpoint: Path, now: ModelConfig) -> None:
         listed = "\n".join(f"  {line}" for line in changed)
         raise CheckpointError(
             f"the weights of {checkpoint} belong to another model:\n{listed}\n"
-            "Without model=NAME and model.* on the command line, init_from brings the settings along."
+            "Without model=NAME and model.* on the command line, init_from brings the settings of its weights along."
         )
 
 
+def settings_of_weights(model: ModelConfig) -> dict[str, Any]:
+    """Key of `model` -> value, of the settings that decide which weights there are and what they compute."""
+    return {key: value for key, _, value in leaves(model) if not key.startswith((*FREE_IN_MODEL, *OF_TRAINING))}
+
+
+def stored_layers(text: str, repeats: bool) -> dict[str, Any]:
+    """What of a pattern weights know: not the pipeline cuts, nor how often a repeated MTP block is run."""
+    pattern = parse_pattern(text)
+    blocks = min(pattern.mtp_depth, 1) if repeats else pattern.mtp_depth
+    return {"layers": pattern.main, "mtp_layers": pattern.mtp, "mtp_blocks": blocks}
+
+
 def _computing(model: ModelConfig) -> dict[str, Any]:
-    """The settings that decide what given weights compute. Depths of a repeated MTP block and cuts do not."""
-    pattern = parse_pattern(model.pattern)
-    values = {key: value for key, _, value in leaves(model) if not key.startswith((*FREE_IN_MODEL, *OF_TRAINING))}
-    return {"model.layers": pattern.main, "model.mtp_layers": pattern.mtp} | {
-        f"model.{k}": v for k, v in values.items()
-    }
+    values = settings_of_weights(model) | stored_layers(model.pattern, model.mtp.repeat_block)
+    del values["pattern"]
+    return {f"model.{key}": value for key, value in values.items()}
 
 
 def _check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
