@@ -5,6 +5,7 @@ by `scripts/eval_lm_harness.sh`, which forbids every library to look for anythin
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import read_config_yaml
 from nemohybrid.data.document_windows import CorpusDocuments, DocumentWindows
 from nemohybrid.data.tokenizer import Tokenizer
-from nemohybrid.errors import DataError, NemohybridError
+from nemohybrid.errors import ConfigError, DataError, NemohybridError
 from nemohybrid.generate.load import find_checkpoint, load_for_inference
 from nemohybrid.interop.hf.checkpoints import export_checkpoint
 from nemohybrid.parallel.context import ParallelContext, choose_device
@@ -45,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, score twice, compare."""
     options = parser().parse_args(argv)
+    if importlib.util.find_spec("lm_eval") is None:  # before anything is written
+        raise ConfigError("lm-evaluation-harness is not installed: pip install 'nemohybrid[eval]'")
     checkpoint = find_checkpoint(options.run)
     if checkpoint == options.run:
         verify(checkpoint)
@@ -69,13 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def texts_of_files(files: Sequence[Path]) -> Iterator[str]:
-    """The documents of jsonl files."""
+    """The documents of jsonl files. Lines end with a newline alone: a JSON text may hold other separators as they are."""
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{file}, line {number}: no JSON object with a field 'text' ({error!r})") from None
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                yield _text_of(line, f"{file}, line {number}")
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{where}: no JSON object with a field 'text' ({error!r})") from None
+    if not isinstance(text, str):
+        raise DataError(f"{where}: the field 'text' is {text!r}, no text")
+    return text
 
 
 def texts_of_run(config: RunConfig, cache: Path, tokenizer: Tokenizer) -> Iterator[str]:
