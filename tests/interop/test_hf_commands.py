@@ -207,6 +207,16 @@ def test_a_folder_that_is_not_there_is_named(words, capsys, tmp_path):
     assert "no such folder; give a checkpoint or a run folder" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_when_the_weights_it_began_with_are_gone(travelled, words, capsys, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(travelled[1], source)
+    command = ["train", *words, f"init_from={source}", "checkpoint.every=1", f"run.dir={tmp_path}/run"]
+    assert main([*command, "train.stop_at=1"]) == 0
+    shutil.rmtree(source)
+    assert main(command) == 0
+    assert "resuming from" in capsys.readouterr().out
+
+
 def test_values_that_hydra_would_look_up_are_refused(travelled, words, tmp_path, capsys):
     """A configuration of somebody else must not read our environment."""
     (checkpoint,) = (travelled[1] / "checkpoints").iterdir()

@@ -23,7 +23,7 @@ def with_initial_model(argv: Sequence[str]) -> list[str]:
     folders = [word.removeprefix(KEY) for word in argv if word.startswith(KEY)]
     if not folders or any(word.startswith("model=") for word in argv):
         return list(argv)
-    file = _config_file(Path(folders[-1].strip("'\"")))
+    file = _config_file(Path(folders[-1].strip("'\""))) or _config_of_run(argv)
     if file is None:  # whoever reads the checkpoint says what is wrong with it
         return list(argv)
     settings = _carried(read_config_yaml(file).model, [word for word in argv if word.startswith("experiment=")])
@@ -48,6 +48,13 @@ def _config_file(folder: Path) -> Path | None:
 
     candidates = [folder, *find_checkpoints(folder / "checkpoints"), *find_checkpoints(folder)]
     return next((path / "config.yaml" for path in candidates if (path / "config.yaml").is_file()), None)
+
+
+def _config_of_run(argv: Sequence[str]) -> Path | None:
+    """That of the run itself, which goes on when the weights it began with are gone."""
+    with suppress(ConfigError):  # whoever composes the whole says what is wrong
+        return _config_file(Path(str(compose_raw([word for word in argv if not word.startswith("-")]).run.dir)))
+    return None
 
 
 def _word(key: str, value: Any) -> str:

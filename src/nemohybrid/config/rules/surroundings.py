@@ -175,9 +175,9 @@ def _not_installed(where: str, package: str, cure: str) -> Violation | None:
 
 @rule(RUN_RULES)
 def initial_weights_exist(now: Situation) -> Violation | None:
-    """`init_from` is a folder."""
-    folder = now.config.init_from
-    if folder is None or os.path.isdir(folder):  # noqa: PTH112 - a plain string
+    """`init_from` is a folder, until the run has a checkpoint of its own."""
+    folder, begun = now.config.init_from, Path(now.config.run.dir) / "checkpoints"
+    if folder is None or os.path.isdir(folder) or any(begun.glob("step_*")):  # noqa: PTH112 - a plain string
         return None
     return Violation(f"init_from={folder}", "no such folder; give a checkpoint or a run folder")
 
