@@ -1,5 +1,7 @@
 """First values: of the published size, and a function of (seed, logical name) alone."""
 
+import copy
+
 import pytest
 import torch
 
@@ -133,3 +135,13 @@ def test_the_plain_constructor_gives_the_weights_of_seed_0(tiny_config):
     created = logical_parameters(HybridModel.create(config, seed=0))
     for name, value in logical_parameters(HybridModel(config)).items():
         assert torch.equal(value, created[name]), name
+
+
+def test_a_copy_of_a_model_keeps_its_layouts_and_shares_nothing(tiny_model):
+    model = tiny_model("M*-E/*E", tie_embeddings=True)
+    twin = copy.deepcopy(model)
+    assert twin.output is twin.embedding
+    theirs = logical_parameters(twin)
+    for name, values in logical_parameters(model).items():
+        assert torch.equal(theirs[name], values), name
+        assert theirs[name].data_ptr() != values.data_ptr(), name

@@ -1,6 +1,8 @@
 """`HybridModel`: embedding, the layers of a pattern, final norm, output projection."""
 
 from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from nemohybrid.model.mtp import MTPBlock, build_mtp, shifted
 from nemohybrid.model.norm import RMSNorm
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.layout import attach, layout_of
 from nemohybrid.symbols import parse_pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,6 +79,14 @@ class HybridModel(nn.Module):
         allocate(self, device)
         initialize(self, seed)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HybridModel":
+        """A copy with its layouts, such as an average of weights is; a copied `Parameter` loses them."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__ = deepcopy(self.__dict__, memo)
+        for ours, theirs in zip(self.parameters(), twin.parameters(), strict=True):
+            attach(theirs, layout_of(ours))
+        return twin
 
     def forward(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
         """input_ids [B, L] -> logits [B, L, vocab_size] in the compute dtype. `seq` None: one document a row."""
