@@ -46,11 +46,6 @@ CASES = {
         ["model.router.normalize=false"],
         ["model=tiny_moe", "model.moe_top_k=1", "model.router.normalize=false"],
     ),
-    "latent_is_narrower": (
-        ["model=tiny_moe", "model.moe_latent_size=128"],
-        ["1 to 127, or null"],
-        ["model=tiny_moe", "model.moe_latent_size=64"],
-    ),
     "router_groups": ([E, "model.router.groups=8"], ["model.router.groups=1, 2, 4"], [E, "model.router.groups=4"]),
     "data_is_a_number": (["parallel.data=many"], ["auto or a number"], ["parallel.data=1"]),
     "ranks_make_the_world": (["parallel.data=2"], ["start 2 processes"], ["parallel.data=1"]),

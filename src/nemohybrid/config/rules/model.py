@@ -72,18 +72,6 @@ def top_k_of_experts(now: Situation) -> Violation | None:
 
 
 @rule(MODEL_RULES, "E")
-def latent_is_narrower(now: Situation) -> Violation | None:
-    """What is as wide as the stream saves nothing and costs two projections."""
-    latent, hidden = now.config.model.moe_latent_size, now.config.model.hidden_size
-    if latent is None or latent < hidden:
-        return None
-    where = f"model.moe_latent_size={latent}"
-    return Violation(
-        where, f"is not less than hidden_size={hidden}", {"model.moe_latent_size": f"1 to {hidden - 1}, or null"}
-    )
-
-
-@rule(MODEL_RULES, "E")
 def one_expert_needs_its_score(now: Situation) -> Violation | None:
     """The weight of a single expert, normalised, is always 1: the router would get no gradient."""
     model = now.config.model
