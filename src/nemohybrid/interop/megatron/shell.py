@@ -84,6 +84,7 @@ class _Scanner:
         return self.text[self.at : self.at + 1]
 
     def statements(self) -> Iterator[Statement]:
+        """The commands of the script, in order; nothing is run."""
         current, starts = Statement(self.line, []), True
         while self.at < len(self.text):
             self._skip_blanks()
