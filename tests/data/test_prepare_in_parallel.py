@@ -288,10 +288,10 @@ def command(folder: Path, prefix: str, inputs: list[Path]):
         process.communicate()
 
 
-def many_files(folder: Path) -> list[Path]:
-    """Twelve units, each of which takes a worker a moment."""
+def many_files(folder: Path, count: int = 24) -> list[Path]:
+    """As many units, each of which takes a worker a moment: all of them longer than a test is ever late with its signal."""
     train_bpe(["some words to learn, and some more words"], 280).save(folder / "tokenizer")
-    files = [folder / f"{number:02}.jsonl" for number in range(12)]
+    files = [folder / f"{number:02}.jsonl" for number in range(count)]
     for number, path in enumerate(files):
         path.write_bytes(line(f"some words, and {number} more of them. " * 1000) * 8)
     return files
@@ -344,7 +344,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):
-    files = many_files(tmp_path)
+    files = many_files(tmp_path, 120)
     with command(tmp_path, "c", files) as process:
         wait_until(lambda: records_of(tmp_path / "c") or process.poll() is not None, "one part")
         os.killpg(process.pid, signal.SIGINT)
