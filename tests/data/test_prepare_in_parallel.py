@@ -345,6 +345,8 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):
     files = many_files(tmp_path, 120)
+    # A shell starts its background jobs with Ctrl-C ignored, and what they start inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with command(tmp_path, "c", files) as process:
         wait_until(lambda: records_of(tmp_path / "c") or process.poll() is not None, "one part")
         os.killpg(process.pid, signal.SIGINT)
