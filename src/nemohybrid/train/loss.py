@@ -29,17 +29,11 @@ def heads(model: HybridModel, batch: Batch, share: float | None = None) -> Itera
             yield draft, labels, mask
 
 
-def summed_loss(model: HybridModel, batch: Batch, share: float | None = None) -> Tensor:
-    """Sum of the cross-entropies (nats, fp32 scalar) of the next tokens that `batch.loss_mask` keeps.
-
-    A sum, not a mean: the trainer divides by the count of the whole global batch, so that neither microbatches nor
-    data ranks change the mathematics when they hold different numbers of unmasked tokens.
-    """
-    return _summed(model, *next(heads(model, batch, share)))
-
-
 def summed_losses(model: HybridModel, batch: Batch, share: float | None = None) -> Tensor:
-    """[1 + MTP depths] fp32: `summed_loss`, and the same of what each depth predicts.
+    """[1 + MTP depths] fp32, nats: the cross-entropies of the next tokens that `batch.loss_mask` keeps, and of each depth's.
+
+    Sums, not means: the trainer divides by the counts of the whole global batch, so that neither microbatches nor data
+    ranks change the mathematics when they hold different numbers of unmasked tokens.
 
     For the backward pass every head keeps its logits and its cast of the output matrix; with `model.recompute` a model
     with MTP computes them again, and there are those of one head at a time.
