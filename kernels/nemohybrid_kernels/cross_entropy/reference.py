@@ -36,7 +36,7 @@ class _CrossEntropy(torch.autograd.Function):
         maths = maths_dtype(logits)
         losses = [
             -torch.log_softmax(some, -1, dtype=maths).gather(1, label).squeeze(1)
-            for some, label in _blocks(logits, labels.unsqueeze(1))
+            for some, label in blocks(logits, labels.unsqueeze(1))
         ]
         return torch.cat(losses)
 
@@ -46,13 +46,13 @@ class _CrossEntropy(torch.autograd.Function):
         """dlogits = dloss * (softmax(logits) - onehot(label))."""
         logits, labels = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        for out, some, label, grad in _blocks(dlogits, logits, labels.unsqueeze(1), grads[0].unsqueeze(1)):
+        for out, some, label, grad in blocks(dlogits, logits, labels.unsqueeze(1), grads[0].unsqueeze(1)):
             p = torch.softmax(some, -1, dtype=grad.dtype).mul_(grad)
             out.copy_(p.scatter_add_(1, label, -grad))
         return dlogits, None
 
 
-def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors [T, ...] in step, n rows at a time."""
-    n = max(1, (_BLOCK_CPU if logits.device.type == "cpu" else _BLOCK) // logits.shape[1])
+    n = max(1, (_BLOCK_CPU if logits.device.type == "cpu" else _BLOCK) // max(1, logits.shape[1]))
     return zip(logits.split(n), *(t.split(n) for t in others), strict=True)

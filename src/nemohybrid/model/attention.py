@@ -48,19 +48,22 @@ class KeyValueCache:
 class Attention(Mixer):
     """Grouped-query causal attention. No positional embedding by default (Nemotron-H, section 2); RoPE as an option.
 
-    Documents in `seq` never attend to each other.
+    Documents in `seq` never attend to each other. Tensor ranks share the query heads, and with them the key/value heads;
+    where there are fewer of those than ranks, neighbours hold the same one.
     """
+
+    shares_tokens = True
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__(config, context)
-        self.heads, self.groups = config.num_attention_heads or 0, config.num_query_groups or 0
+        heads, groups = config.num_attention_heads or 0, config.num_query_groups or 0
         self.head_dim = config.head_dim or 0
         self.rope_theta = config.attention.rope_theta if config.attention.position_embedding == "rope" else None
         self.softcap = config.attention.softcap
         qk_norm, epsilon = config.attention.qk_norm, config.norm_epsilon
-        self.q_norm, self.k_norm = (optional_norm(qk_norm, self.head_dim, epsilon) for _ in "qk")
-        self.v_norm = optional_norm(config.attention.v_norm, self.head_dim, epsilon)
-        q, kv = self.heads * self.head_dim, self.groups * self.head_dim
+        self.q_norm, self.k_norm = (optional_norm(qk_norm, self.head_dim, epsilon, "always") for _ in "qk")
+        self.v_norm = optional_norm(config.attention.v_norm, self.head_dim, epsilon, "always")
+        q, kv = heads * self.head_dim, groups * self.head_dim
         self.qkv = Linear(
             config.hidden_size,
             {"q": q, "k": kv, "v": kv},
@@ -68,14 +71,23 @@ class Attention(Mixer):
             std=config.init_std,
             bias=config.linear_bias,
             shard=COLUMN,
+            context=context,
+            parts={"k": groups, "v": groups},
         )
+        self.heads, self.groups, _ = (width // self.head_dim for width in self.qkv.widths)
         self.out_proj = Linear(
-            q, config.hidden_size, role="o_proj", std=residual_std(config), bias=config.linear_bias, shard=ROW
+            q,
+            config.hidden_size,
+            role="o_proj",
+            std=residual_std(config),
+            bias=config.linear_bias,
+            shard=ROW,
+            context=context,
         )
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
-        q, k, v = self._split_heads(self.qkv(x), seq)
+        q, k, v = self._split_heads(self.qkv(seq.enter(x)), seq)
         q, k, v = normed(q, self.q_norm), normed(k, self.k_norm), normed(v, self.v_norm)
         if self.rope_theta is not None:
             positions = seq.positions(x.device)
@@ -84,7 +96,7 @@ class Attention(Mixer):
         if seq.cache is not None:
             k, v = seq.cache.states.setdefault(self, KeyValueCache()).append(k, v)
         out = self._attend(q, k, v, mask)
-        return self.out_proj(out.transpose(1, 2).reshape(seq.tokens, -1))
+        return seq.leave(self.out_proj(out.transpose(1, 2).reshape(seq.tokens, -1)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.softcap is not None:

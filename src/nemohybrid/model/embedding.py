@@ -1,13 +1,20 @@
 """Token ids in, logits out. Both have rows for padding ids, which no token uses and no logit shows."""
 
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemohybrid.config.model import ModelConfig
-from nemohybrid.model.init import normal, padded
-from nemohybrid.model.linear import COLUMN
-from nemohybrid.parallel.layout import Piece, parameter
+from nemohybrid.model.init import normal
+from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.collectives import largest_over, sum_over
+from nemohybrid.parallel.context import Group, ParallelContext
+from nemohybrid.parallel.layout import Piece, Shard, layout_of, parameter
+from nemohybrid.parallel.tensor import TensorRanks, best_column, gathered_columns
 from nemohybrid.precision.gemm import Gemm, plain_gemm
+from nemohybrid_kernels.cross_entropy import cross_entropy, cross_entropy_of_columns
 
 
 def padded_vocabulary(config: ModelConfig) -> int:
@@ -21,21 +28,55 @@ class VocabularyMatrix(nn.Module):
     Each use, and with MTP there are several a token, multiplies by a cast of its own, and takes its gradient back to fp32
     before it is added to that of the others. One cast for all of them would add the gradients in bf16, where those of MTP,
     a twentieth of the main one, get lost: Nemotron 3 Ultra diverged of that.
+
+    Tensor ranks share the rows, as equally as they divide; no rank ever holds all logits, but in `logits`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, context: ParallelContext | None = None) -> None:
         super().__init__()
         self.vocab_size = config.vocab_size or 0
         self.role = "vocabulary"
         self.gemm: Gemm = plain_gemm
         shape = (padded_vocabulary(config), config.hidden_size)
-        init = padded(normal(config.init_std), self.vocab_size)
-        self.weight = parameter(Piece("", shape, init), shard=COLUMN)
+        piece = Piece("", shape, normal(config.init_std), filled=self.vocab_size)
+        self.weight = parameter(piece, shard=Shard(axis=0, even=False), context=context)
+        self.whole_tokens = TensorRanks(context.tensor if context else Group())
+        boxes = layout_of(self.weight).boxes
+        self.first = boxes[0].offsets[0] if boxes else shape[0]
+        rows = boxes[0].shape[0] if boxes else 0
+        self.columns = max(0, min(self.vocab_size - self.first, rows))  # of the logits, the padding left out
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., D] in fp32."""
-        return F.embedding(ids, self.weight)
+    def embed(self, ids: Tensor, dtype: torch.dtype, seq: SequenceContext) -> Tensor:
+        """ids [B, L] -> [T, D] in `dtype`, this rank's tokens of the stream."""
+        ids = ids.flatten()
+        if seq.ranks.group.size == 1:
+            return F.embedding(ids, self.weight).to(dtype)
+        here = ids - self.first
+        others = (here < 0) | (here >= self.weight.shape[0])
+        rows = F.embedding(here.masked_fill(others, 0), self.weight).masked_fill(others[:, None], 0.0)
+        return seq.leave(rows.to(dtype))  # of each token all summands but one are zero: their sum is exact in any dtype
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., vocab_size] in x's dtype."""
-        return self.gemm(x, self.weight, None)[..., : self.vocab_size]
+    def own_logits(self, x: Tensor) -> Tensor:
+        """x [..., D], which has entered -> the logits of this rank's columns, [..., columns], in x's dtype."""
+        return self.gemm(x, self.weight, None)[..., : self.columns]
+
+    def logits(self, x: Tensor, seq: SequenceContext | None = None) -> Tensor:
+        """x [T, D], this rank's tokens of the stream -> logits of all tokens, [T, vocab_size], in x's dtype.
+
+        Without a `seq` every rank has all tokens, as in generation.
+        """
+        ranks = seq.ranks if seq is not None else self.whole_tokens
+        return gathered_columns(self.own_logits(ranks.enter(x)), self.vocab_size, ranks)
+
+    def cross_entropy(self, x: Tensor, labels: Tensor, seq: SequenceContext) -> Tensor:
+        """x [T, D], this rank's tokens; labels [T] of all tokens -> losses of all tokens [T], fp32, the same on every rank."""
+        logits, group = self.own_logits(seq.enter(x)), seq.ranks.group
+        if group.size == 1:
+            return cross_entropy(logits, labels)
+        largest, total = partial(largest_over, group=group), partial(sum_over, group=group)
+        return cross_entropy_of_columns(logits, labels, self.first, largest, total)
+
+    def most_likely(self, x: Tensor, seq: SequenceContext) -> Tensor:
+        """x [T, D], this rank's tokens -> for all tokens the id with the largest logit, [T] int64. Not differentiable."""
+        logits = self.own_logits(seq.enter(x))
+        return best_column(logits, self.first, seq.ranks.group)

@@ -1,6 +1,6 @@
 """`HybridModel`: embedding, the layers of a pattern, final norm, output projection."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -14,12 +14,14 @@ from nemohybrid.model import attention, mamba2, mlp  # noqa: F401 - they registe
 from nemohybrid.model.embedding import VocabularyMatrix
 from nemohybrid.model.init import allocate, initialize
 from nemohybrid.model.layer import Layer
+from nemohybrid.model.linear import casting_modules
 from nemohybrid.model.moe import layer as moe_layer  # noqa: F401
 from nemohybrid.model.mtp import MTPBlock, build_mtp, shifted
 from nemohybrid.model.norm import RMSNorm
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import attach, layout_of
+from nemohybrid.parallel.tensor import TensorRanks
 from nemohybrid.symbols import parse_pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,10 +60,11 @@ class HybridModel(nn.Module):
         self.dtype = DTYPES[config.dtype]
         self.recompute = False
         pattern = parse_pattern(config.pattern)
-        self.embedding = VocabularyMatrix(config)
+        self.context = context
+        self.embedding = VocabularyMatrix(config, context)
         self.layers = nn.ModuleList(Layer(symbol, config, context) for symbol in pattern.main)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.output = self.embedding if config.tie_embeddings else VocabularyMatrix(config)
+        self.output = self.embedding if config.tie_embeddings else VocabularyMatrix(config, context)
         self.mtp, self.mtp_depth = build_mtp(pattern.mtp, pattern.mtp_depth, config, context), pattern.mtp_depth
         if self.embedding.weight.device.type != "meta":
             initialize(self, seed=0)
@@ -80,6 +83,18 @@ class HybridModel(nn.Module):
         initialize(self, seed)
         return self
 
+    def sharding_units(self) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+        """Modules whose weights are only needed while they run, each with those of its parts that use a cast of theirs.
+
+        Of weights that are used several times in a pass, as those of a repeated MTP block, there is no common cast: their
+        gradients must add up in fp32.
+        """
+        for layer in self.layers:
+            yield layer, list(casting_modules(layer))
+        for block in self.mtp:
+            for layer in block.get_submodule("layers").children():
+                yield layer, list(casting_modules(layer)) if len(self.mtp) == self.mtp_depth else []
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "HybridModel":
         """A copy with its layouts, such as an average of weights is; a copied `Parameter` loses them."""
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -91,10 +106,18 @@ class HybridModel(nn.Module):
     def forward(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
         """input_ids [B, L] -> logits [B, L, vocab_size] in the compute dtype. `seq` None: one document a row."""
         batch, length = input_ids.shape
-        return self.output.logits(self.hidden_states(input_ids, seq)).view(batch, length, -1)
+        seq = seq or SequenceContext(batch, length)
+        return self.output.logits(self.hidden_states(input_ids, seq), seq).view(batch, length, -1)
+
+    def tensor_ranks(self, seq: SequenceContext) -> TensorRanks:
+        """How the tokens of these rows lie on the tensor ranks. While generating all ranks have all tokens."""
+        return TensorRanks(self.context.tensor, cut=self.context.sequence and seq.cache is None)
 
     def hidden_states(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
-        """input_ids [B, L] -> [B*L, D], after the final norm: what the output projection and draft heads read."""
+        """input_ids [B, L] -> [B*L, D], after the final norm: what the output projection and draft heads read.
+
+        With sequence parallelism it is this rank's equal run of the B*L tokens. Raises DataError where they do not divide.
+        """
         batch, length = input_ids.shape
         if not input_ids.numel():
             raise DataError(f"input_ids are {[batch, length]}: there is no token")
@@ -102,7 +125,9 @@ class HybridModel(nn.Module):
         if (seq.batch, seq.length) != (batch, length):
             described = [seq.batch, seq.length]
             raise DataError(f"input_ids are {[batch, length]}, but the sequence context describes {described}")
-        x = self.embedding.embed(input_ids.flatten()).to(self.dtype)
+        seq.ranks = self.tensor_ranks(seq)
+        seq.ranks.check(seq.tokens)
+        x = self.embedding.embed(input_ids, self.dtype, seq)
         x = self.final_norm(self._run(self.layers, x, seq))
         seq.advance()
         return x
@@ -116,8 +141,8 @@ class HybridModel(nn.Module):
         batch, length = input_ids.shape
         seq = seq or SequenceContext(batch, length)
         hidden = self.mtp_hidden_states(self.hidden_states(input_ids, seq), input_ids, seq)
-        drafts = (h.view(batch, length, -1)[:, : max(0, length - 1 - k)] for k, h in enumerate(hidden))
-        return [self.output.logits(draft) for draft in drafts]
+        logits = (self.output.logits(h, seq).view(batch, length, -1) for h in hidden)
+        return [draft[:, : max(0, length - 1 - k)] for k, draft in enumerate(logits)]
 
     def mtp_hidden_states(self, hidden: Tensor, input_ids: Tensor, seq: SequenceContext) -> list[Tensor]:
         """What `hidden_states` returned for input_ids [B, L] -> for each MTP depth k hidden states [B*L, D].
@@ -137,7 +162,7 @@ class HybridModel(nn.Module):
         """
         block = self.mtp[min(depth, len(self.mtp) - 1)]
         assert isinstance(block, MTPBlock)
-        x = block.combine(self.embedding.embed(next_ids.flatten()).to(self.dtype), hidden)
+        x = block.combine(self.embedding.embed(next_ids, self.dtype, seq), hidden)
         return block.final_norm(self._run(block.layers, x, seq))
 
     def _run(self, layers: Iterable[nn.Module], x: Tensor, seq: SequenceContext) -> Tensor:

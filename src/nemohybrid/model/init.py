@@ -1,7 +1,7 @@
 """First values of logical tensors, and how a whole model gets them.
 
-Every logical tensor draws from a generator of its own, seeded by (run seed, logical name): the values do not depend on
-the order of construction, the number of ranks, or how tensors are fused and cut.
+Every block of rows of a logical tensor draws from a generator of its own, seeded by (run seed, logical name, block): the
+values do not depend on the order of construction, the number of ranks, or how tensors are fused and cut.
 """
 
 import hashlib
@@ -10,7 +10,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nemohybrid.parallel.layout import Init, attach, layout_of, logical_name
+from nemohybrid.parallel.layout import Box, Init, attach, layout_of, local, logical_name
+
+BLOCK_ELEMENTS = 2**22
+"""Of a large logical tensor; smaller ones are one block."""
 
 
 def normal(std: float) -> Init:
@@ -44,39 +47,49 @@ def inverse_softplus_dt(dt_min: float, dt_max: float, floor: float) -> Init:
     return draw
 
 
-def padded(init: Init, rows: int) -> Init:
-    """`init` for the first `rows` rows and zeros below, so that the padding changes none of the values that count."""
-
-    def draw(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-        return torch.cat([init(generator, (rows, *shape[1:])), torch.zeros(shape[0] - rows, *shape[1:])])
-
-    return draw
-
-
-def generator_for(seed: int, name: str) -> torch.Generator:
-    """The random stream of one logical tensor."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+def generator_for(seed: int, name: str, block: int = 0) -> torch.Generator:
+    """The random stream of one block of rows of one logical tensor."""
+    text = f"{seed}/{name}" + (f"/{block}" if block else "")
+    digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def allocate(model: nn.Module, device: torch.device | str) -> None:
-    """Give every parameter and buffer of a meta model uninitialised memory on `device`.
-
-    `Module.to_empty` would do, but it makes new parameters and drops their layouts.
-    """
-    for module in model.modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            empty = nn.Parameter(torch.empty_like(tensor, device=device))
-            setattr(module, name, attach(empty, layout_of(tensor)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device))
+    """Give every parameter and buffer of a meta model uninitialised memory on `device`; layouts stay what they are."""
+    layouts = {name: layout_of(tensor) for name, tensor in model.named_parameters()}
+    model.to_empty(device=device)
+    for name, tensor in model.named_parameters():
+        attach(tensor, layouts[name])
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Draw every parameter of a materialised model; buffers are zeroed (the balancing bias of a router starts at 0)."""
     for name, tensor in model.named_parameters():
-        for piece, view in layout_of(tensor).views(tensor):
-            view.copy_(piece.init(generator_for(seed, logical_name(name, piece)), piece.shape))
+        stored = local(tensor)
+        for box in layout_of(tensor).boxes:
+            draw(box, box.of(stored), seed, logical_name(name, box.piece))
     for buffer in model.buffers():
         buffer.zero_()
+
+
+def draw(box: Box, target: Tensor, seed: int, name: str) -> None:
+    """Fill `target` with the first values of a box of the logical tensor `name`.
+
+    Only blocks of rows that the box touches are drawn, one at a time: a rank that holds a thousandth of a large model draws
+    little more than that.
+    """
+    piece, first, end = box.piece, box.offsets[0], box.offsets[0] + box.shape[0]
+    rows, filled = block_rows(piece.shape), piece.shape[0] if piece.filled is None else piece.filled
+    columns = tuple(slice(start, start + n) for start, n in zip(box.offsets[1:], box.shape[1:], strict=True))
+    target[max(0, filled - first) :].zero_()
+    for begin in range(first // rows * rows, min(end, filled), rows):
+        stop = min(begin + rows, filled)
+        values = piece.init(generator_for(seed, name, begin // rows), (stop - begin, *piece.shape[1:]))
+        low, high = max(begin, first), min(stop, end)
+        target[low - first : high - first].copy_(values[(slice(low - begin, high - begin), *columns)])
+
+
+def block_rows(shape: tuple[int, ...]) -> int:
+    """Rows of a logical tensor that are drawn together; part of what its values are, so it never changes."""
+    return max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))

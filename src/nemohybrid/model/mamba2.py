@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +70,12 @@ class Call:
 class CausalConv(nn.Module):
     """Depthwise causal convolution over x, B and C, followed by SiLU."""
 
-    def __init__(self, widths: dict[str, int], kernel: int, bias: bool) -> None:
+    def __init__(self, widths: dict[str, int], kernel: int, bias: bool, context: ParallelContext) -> None:
         super().__init__()
-        shard, init = Shard(axis=0, over="tensor"), uniform(kernel**-0.5)
-        self.weight = parameter(*(Piece(n, (w, kernel), init) for n, w in widths.items()), shard=shard)
-        self.bias = parameter(*(Piece(n, (w,), init) for n, w in widths.items()), shard=shard) if bias else None
+        cut: dict[str, Any] = {"shard": Shard(axis=0), "context": context}
+        init = uniform(kernel**-0.5)
+        self.weight = parameter(*(Piece(n, (w, kernel), init) for n, w in widths.items()), **cut)
+        self.bias = parameter(*(Piece(n, (w,), init) for n, w in widths.items()), **cut) if bias else None
 
     def forward(self, x: Tensor, ids: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, L, C], its document ids and the inputs before it -> the same shape, and the last inputs."""
@@ -86,16 +88,21 @@ class Mamba2(Mixer):
 
     in_proj -> (z, x, B, C, dt); conv + SiLU over x, B, C; dt = softplus(dt + dt_bias), without a floor; SSD scan with skip
     D; RMSNorm of y * silu(z) within groups; out_proj. A_log, D, dt_bias and the scan's decays are fp32 throughout.
+    Tensor ranks share the groups, and their heads with them.
     """
+
+    shares_tokens = True
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__(config, context)
         heads, head_dim = config.mamba_num_heads or 0, config.mamba_head_dim or 0
         inner, shared = heads * head_dim, config.mamba_num_groups * config.ssm_state_size
-        self.heads, self.groups, self.inner, self.chunk_size = heads, config.mamba_num_groups, inner, config.chunk_size
+        ranks = context.tensor.size
+        self.heads, self.groups, self.inner = heads // ranks, config.mamba_num_groups // ranks, inner // ranks
+        self.chunk_size = config.chunk_size
         self.dt_limit = None if config.dt_limit is None else tuple(config.dt_limit)
         convolved = {"x": inner, "B": shared, "C": shared}
-        per_head = Shard(axis=0, over="tensor")
+        per_head: dict[str, Any] = {"shard": Shard(axis=0), "context": context}
         dt_init = inverse_softplus_dt(config.dt_min, config.dt_max, config.dt_init_floor)
 
         self.in_proj = Linear(
@@ -105,22 +112,29 @@ class Mamba2(Mixer):
             std=config.init_std,
             bias=config.linear_bias,
             shard=COLUMN,
+            context=context,
         )
-        self.conv = CausalConv(convolved, config.conv_kernel, config.conv_bias)
-        self.A_log = parameter(Piece("", (heads,), log_uniform_A()), shard=per_head)
-        self.D = parameter(Piece("", (heads,), constant(1.0)), shard=per_head)
-        self.dt_bias = parameter(Piece("", (heads,), dt_init), shard=per_head)
+        self.conv = CausalConv(convolved, config.conv_kernel, config.conv_bias, context)
+        self.A_log = parameter(Piece("", (heads,), log_uniform_A()), **per_head)
+        self.D = parameter(Piece("", (heads,), constant(1.0)), **per_head)
+        self.dt_bias = parameter(Piece("", (heads,), dt_init), **per_head)
         state, epsilon = config.ssm_state_size, config.norm_epsilon
-        self.B_norm, self.C_norm = (optional_norm(config.mamba_bc_norm, state, epsilon) for _ in "BC")
-        self.x_norm = optional_norm(config.mamba_x_norm, head_dim, epsilon)
-        self.norm = GatedRMSNorm(inner, config.mamba_num_groups, config.norm_epsilon)
+        self.B_norm, self.C_norm = (optional_norm(config.mamba_bc_norm, state, epsilon, "always") for _ in "BC")
+        self.x_norm = optional_norm(config.mamba_x_norm, head_dim, epsilon, "always")
+        self.norm = GatedRMSNorm(inner, config.mamba_num_groups, config.norm_epsilon, context)
         self.out_proj = Linear(
-            inner, config.hidden_size, role="out_proj", std=residual_std(config), bias=config.linear_bias, shard=ROW
+            inner,
+            config.hidden_size,
+            role="out_proj",
+            std=residual_std(config),
+            bias=config.linear_bias,
+            shard=ROW,
+            context=context,
         )
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
-        zxbcdt = self.in_proj(x).view(seq.batch, seq.length, -1)
+        zxbcdt = self.in_proj(seq.enter(x)).view(seq.batch, seq.length, -1)
         z, xbc, dt = zxbcdt.split([self.inner, sum(self.in_proj.widths[1:4]), self.heads], dim=-1)
         call = Call(xbc, dt, seq.document_ids, self._past(seq), seq.goes_on())
         y, state = self._recur(call)
@@ -128,7 +142,7 @@ class Mamba2(Mixer):
             seq.cache.states[self] = state
             if seq.cache.rewindable:
                 state.fed, state.after = seq.length, partial(self._state_after, call)
-        return self.out_proj(self.norm(y, z).reshape(seq.tokens, -1))
+        return seq.leave(self.out_proj(self.norm(y, z).reshape(seq.tokens, -1)))
 
     def _past(self, seq: SequenceContext) -> MambaState | None:
         """What the cache remembers, without its `after`: a chain of them would hold on to all that was ever fed."""

@@ -17,7 +17,12 @@ class Mixer(nn.Module):
 
     Built as `mixer(config, context)` on the meta device: create parameters with `Linear` or `parallel.layout.parameter`
     only, so that they have a layout and first values.
+
+    `shares_tokens`: under sequence parallelism `forward` takes this rank's tokens of x alone, and gathers (`seq.enter`)
+    what it needs. Where it is False, every tensor rank is given all tokens and computes the same.
     """
+
+    shares_tokens = False
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__()

@@ -32,7 +32,9 @@ def fc1_outputs(activation: str, width: int) -> dict[str, int]:
 
 @mixer("-", "MLP")
 class MLP(Mixer):
-    """fc2(activation(fc1(x)))."""
+    """fc2(activation(fc1(x))), the inner width shared by the tensor ranks."""
+
+    shares_tokens = True
 
     def __init__(self, config: ModelConfig, context: ParallelContext, width: int | None = None) -> None:
         super().__init__(config, context)
@@ -40,9 +42,13 @@ class MLP(Mixer):
         hidden, bias = config.hidden_size, config.linear_bias
         outputs = fc1_outputs(config.activation, width)
         self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = Linear(hidden, outputs, role="fc1", std=config.init_std, bias=bias, shard=COLUMN)
-        self.fc2 = Linear(width, hidden, role="fc2", std=residual_std(config), bias=bias, shard=ROW)
+        self.fc1 = Linear(hidden, outputs, role="fc1", std=config.init_std, bias=bias, shard=COLUMN, context=context)
+        self.fc2 = Linear(width, hidden, role="fc2", std=residual_std(config), bias=bias, shard=ROW, context=context)
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
+        return seq.leave(self.summand(seq.enter(x)))
+
+    def summand(self, x: Tensor) -> Tensor:
+        """All tokens [T, D] -> this rank's share of the result, [T, D]."""
         return self.fc2(self.activation(self.fc1(x)))

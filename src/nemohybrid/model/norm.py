@@ -3,26 +3,27 @@
 from torch import Tensor, nn
 
 from nemohybrid.model.init import constant
-from nemohybrid.parallel.layout import Piece, Shard, parameter
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.layout import Partial, Piece, Shard, parameter
 from nemohybrid_kernels.norm import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis."""
+    """x / rms(x) * weight over the last axis. `partial`: as in `ParamLayout`, "always" for a norm of single heads."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, partial: Partial = "tokens") -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.weight = parameter(Piece("", (width,), constant(1.0)))
+        self.weight = parameter(Piece("", (width,), constant(1.0)), partial=partial)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape."""
         return rms_norm(x, self.weight, self.epsilon)
 
 
-def optional_norm(wanted: bool, width: int, epsilon: float) -> RMSNorm | None:
+def optional_norm(wanted: bool, width: int, epsilon: float, partial: Partial = "tokens") -> RMSNorm | None:
     """A norm that a configuration may switch off."""
-    return RMSNorm(width, epsilon) if wanted else None
+    return RMSNorm(width, epsilon, partial) if wanted else None
 
 
 def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
@@ -31,12 +32,15 @@ def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm of `x * silu(z)` within groups of channels (Mamba-2: the gate comes before the norm)."""
+    """RMSNorm of `x * silu(z)` within groups of channels (Mamba-2: the gate comes before the norm).
 
-    def __init__(self, width: int, groups: int, epsilon: float) -> None:
+    `width` and `groups` count those of all tensor ranks; each has whole groups, so that nothing is sent.
+    """
+
+    def __init__(self, width: int, groups: int, epsilon: float, context: ParallelContext | None = None) -> None:
         super().__init__()
         self.epsilon, self.group_size = epsilon, width // groups
-        self.weight = parameter(Piece("", (width,), constant(1.0)), shard=Shard(axis=0, over="tensor"))
+        self.weight = parameter(Piece("", (width,), constant(1.0)), shard=Shard(axis=0), context=context)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x, z [..., width] -> the same shape."""

@@ -1,13 +1,14 @@
 """What layers know about the rows they are given, and what they remember while generating."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nemohybrid.errors import ConfigError, DataError
+from nemohybrid.parallel.tensor import TensorRanks
 
 
 @dataclass
@@ -54,7 +55,8 @@ class SequenceContext:
 
     Layers see the residual stream as [tokens, hidden], tokens = batch * length. `document_ids` [batch, length] marks the
     documents of packed rows: wherever the id changes, Mamba state, convolution and attention start anew. None means one
-    document a row. With a `cache`, the rows continue what the cache has seen.
+    document a row. With a `cache`, the rows continue what the cache has seen. `ranks`, which the model sets, says how the
+    tokens lie on the ranks that share its matrices: `enter` and `leave` are the way into and out of what they share.
     """
 
     batch: int
@@ -62,6 +64,7 @@ class SequenceContext:
     document_ids: Tensor | None = None
     cache: DecodeCache | None = None
     share: float | None = None
+    ranks: TensorRanks = field(default_factory=TensorRanks)
     _masks: dict[torch.device, Tensor | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,18 @@ class SequenceContext:
     def tokens(self) -> int:
         """Rows of the residual stream."""
         return self.batch * self.length
+
+    def enter(self, x: Tensor) -> Tensor:
+        """This rank's tokens of the stream -> all tokens [tokens, ...], for matrices of which it holds a part."""
+        return self.ranks.enter(x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What such matrices gave for all tokens, a summand [tokens, ...] -> the sum, this rank's tokens of the stream."""
+        return self.ranks.leave(x)
+
+    def uncut(self) -> "SequenceContext":
+        """The same for a mixer that is given all tokens on every rank."""
+        return replace(self, ranks=replace(self.ranks, cut=False)) if self.ranks.cut else self
 
     @property
     def past(self) -> int:

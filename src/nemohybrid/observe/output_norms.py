@@ -80,5 +80,5 @@ class OutputNorms:
             if module not in self._squares:
                 continue  # it did not run: its layers are of no use to this step
             means = self._squares[module] / self._tokens[module]
-            for piece, part in layout_of(module.weight).views(means):
+            for piece, part in zip(layout_of(module.weight).pieces, means.split(module.widths), strict=True):
                 yield f"{slot}.{piece.name}" if piece.name else slot, part.mean()

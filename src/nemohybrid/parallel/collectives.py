@@ -1,26 +1,73 @@
-"""The few collectives the framework uses, by the name of what they compute. On a group of one they do nothing."""
+"""The few collectives the framework uses, by the name of what they compute. On a group of one they do nothing.
+
+None is differentiable by itself: `parallel.tensor` says what goes forward and what comes back. On the meta device nothing
+is sent, and the result has the right shape.
+"""
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives  # noqa: F401 - registers the operators below
 from torch import Tensor
 
 from nemohybrid.parallel.context import Group, ParallelContext
 
+functional = torch.ops._c10d_functional
+"""The operators themselves: their Python wrappers change names between versions of torch, and cost more."""
+
 
 def sum_over(tensor: Tensor, group: Group) -> Tensor:
-    """Sum over the ranks of `group`, in place; returns the tensor. Not differentiable."""
+    """Sum over the ranks of `group`, in place; returns the tensor."""
     if group.handle is not None:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group.handle)
     return tensor
 
 
+def largest_over(tensor: Tensor, group: Group) -> Tensor:
+    """The largest of each element over the ranks of `group`, in place; returns the tensor."""
+    if group.handle is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.handle)
+    return tensor
+
+
+def summed(x: Tensor, group: Group) -> Tensor:
+    """A new tensor, the sum of all ranks' `x`."""
+    if group.size == 1 or x.is_meta:
+        return x
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", _name(group)))
+
+
+def gathered(x: Tensor, group: Group) -> Tensor:
+    """x [n, ...] of every rank, in rank order -> [size * n, ...]."""
+    if group.size == 1 or x.is_meta:
+        return x if group.size == 1 else x.new_empty(group.size * x.shape[0], *x.shape[1:])
+    return functional.wait_tensor(functional.all_gather_into_tensor(x.contiguous(), group.size, _name(group)))
+
+
+def summed_part(x: Tensor, group: Group) -> Tensor:
+    """x [size * n, ...] -> this rank's n rows of the sum of all ranks' `x`."""
+    if group.size == 1 or x.is_meta:
+        return own_part(x, group)
+    part = functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size, _name(group))
+    return functional.wait_tensor(part)
+
+
+def own_part(x: Tensor, group: Group) -> Tensor:
+    """x [size * n, ...] -> this rank's n rows. Nothing is sent."""
+    rows = x.shape[0] // group.size
+    return x.narrow(0, group.rank * rows, rows)
+
+
+def _name(group: Group) -> str:
+    assert group.handle is not None, "an imaginary group has nobody to talk to"
+    return group.handle.group_name
+
+
 def largest(value: int, context: ParallelContext) -> int:
     """The largest `value` of all ranks; on a world of one it does not touch the device."""
-    if context.data.handle is None:
-        return value
-    tensor = torch.tensor(value, device=context.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=context.data.handle)
-    return int(tensor.item())
+    world = context.world
+    return (
+        value if world.handle is None else int(largest_over(torch.tensor(value, device=context.device), world).item())
+    )
 
 
 def gather_bytes(payload: bytes, group: Group, device: torch.device) -> list[bytes]:

@@ -1,13 +1,14 @@
-"""Gradients after the backward pass: summed over data-parallel ranks, measured, clipped."""
+"""Gradients after the backward pass: summed over the ranks that hold summands, measured, clipped."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nemohybrid.parallel.collectives import sum_over
-from nemohybrid.parallel.context import Group
+from nemohybrid.parallel.context import Group, ParallelContext
+from nemohybrid.parallel.layout import Box, ParamLayout, layout_of
 
 _BUCKET_ELEMENTS = 32 * 1024 * 1024
 
@@ -21,13 +22,50 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
         return
     bucket: list[Tensor] = []
     for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
+        bucket.append(_gradient(parameter))
         if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
             _sum_bucket(bucket, group)
             bucket = []
     _sum_bucket(bucket, group)
+
+
+def sum_partial_gradients(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
+    """Sum over the tensor ranks what are summands there: norms and routers that saw some of the tokens, norms of heads,
+    key/value heads that several ranks hold. Layouts say which. Once a step, one exchange.
+    """
+    if context.tensor.handle is None:
+        return
+    bucket: list[Tensor] = []
+    copied: list[tuple[Tensor, Tensor]] = []
+    for parameter in parameters:
+        layout = layout_of(parameter)
+        if is_partial(layout, context):
+            bucket.append(_gradient(parameter))
+        for box in layout.boxes if layout.shard else ():
+            if box.copies > 1:
+                copied.append((box.of(_gradient(parameter)), _slots(box, parameter, context.tensor)))
+    _sum_bucket([*bucket, *(slots for _, slots in copied)], context.tensor)
+    for view, slots in copied:
+        view.copy_(slots[context.tensor.rank // (context.tensor.size // len(slots))])
+
+
+def is_partial(layout: ParamLayout, context: ParallelContext) -> bool:
+    """Whether the gradients of this parameter on the tensor ranks are summands."""
+    return layout.shard is None and (layout.partial == "always" or (layout.partial == "tokens" and context.sequence))
+
+
+def _slots(box: Box, parameter: nn.Parameter, tensor: Group) -> Tensor:
+    """[parts, ...]: zeros, but for the gradient of the part that this rank and its neighbours hold."""
+    view = box.of(_gradient(parameter))
+    slots = view.new_zeros(tensor.size // box.copies, *view.shape)
+    slots[tensor.rank // box.copies] = view
+    return slots
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _sum_bucket(bucket: list[Tensor], group: Group) -> None:
@@ -38,9 +76,30 @@ def _sum_bucket(bucket: list[Tensor], group: Group) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Global L2 norm over all gradients, an fp32 scalar tensor."""
-    return get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradient_norm(parameters: Iterable[nn.Parameter], context: ParallelContext | None = None) -> Tensor:
+    """L2 norm over the gradients of the whole model, an fp32 scalar tensor. Collective where ranks hold parts of it.
+
+    Every element counts once, on the first of the ranks that hold it.
+    """
+    groups = [g for g in (context.tensor, context.shard) if g.size > 1] if context else []
+    if context is None or not groups:
+        return get_total_norm([p.grad for p in parameters if p.grad is not None])
+    owned = [part for parameter in parameters for part in _owned(parameter, context)]
+    square = get_total_norm(owned).square() if owned else torch.zeros((), device=context.device)
+    for group in groups:
+        sum_over(square, group)
+    return square.sqrt()
+
+
+def _owned(parameter: nn.Parameter, context: ParallelContext) -> Iterator[Tensor]:
+    """The parts of a gradient that no tensor rank before this one holds too."""
+    if parameter.grad is None:
+        return
+    layout = layout_of(parameter)
+    if layout.shard is not None:
+        yield from (box.of(parameter.grad) for box in layout.boxes if box.copy == 0)
+    elif context.tensor.rank == 0:
+        yield parameter.grad
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from nemohybrid.config.model import RouterConfig
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.collectives import sum_over
-from nemohybrid.parallel.context import Group
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.tensor import TensorRanks
 
-# T tokens, E experts, K experts a token visits, R rows over which a load is taken: sequences, or 1 for all tokens
+# T tokens of this rank, E experts, K experts a token visits, R rows over which a load is taken: sequences, or 1 for all
 
 
 @dataclass
@@ -37,37 +38,74 @@ class Tally:
 class RouterLosses:
     """Balancing loss and z-loss of one router, and its tally. The trainer reads the tally and sets it to None every step."""
 
-    def __init__(self, options: RouterConfig, top_k: int, data: Group) -> None:
-        self.options, self.top_k, self.data = options, top_k, data
+    def __init__(self, options: RouterConfig, top_k: int, context: ParallelContext) -> None:
+        self.options, self.top_k, self.context = options, top_k, context
         self.aux_weight = options.aux_loss_weight if options.aux_loss != "none" else 0.0
         self.tally: Tally | None = None
 
     def attach(self, weights: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, seq: SequenceContext) -> Tensor:
         """The weights [T, K], from whose gradient on the losses reach logits and scores [T, E].
 
-        Both losses are also measured where their weight is 0; then nothing is kept for their gradients.
+        Both losses are also measured where their weight is 0; then nothing is kept for their gradients. With sequence
+        parallelism these are some of the tokens, and what is said of a row is this rank's summand.
         """
-        rows = seq.batch if self.options.aux_loss == "sequence" else 1
+        rows = Rows(seq.batch if self.options.aux_loss == "sequence" else 1, seq.tokens, seq.ranks)
         scores = scores if self.aux_weight else scores.detach()
         logits = logits if self.options.z_loss_weight else logits.detach()
-        probabilities = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).unflatten(0, (rows, -1)).mean(1)
+        probabilities = rows.sums(scores / (scores.sum(-1, keepdim=True) + 1e-20)) / rows.length
         with torch.no_grad():
-            loads = _visits(ids, scores.shape[1], 1)[0]
-            choices = _visits(scores.topk(self.top_k, dim=-1).indices, scores.shape[1], rows)
-        return _Attached.apply(weights, probabilities, z_loss(logits), loads, choices, self, seq.share)  # pyright: ignore[reportReturnType]
+            loads = _visited(ids, scores.shape[1]).sum(0)
+            choices = rows.sums(_visited(scores.topk(self.top_k, dim=-1).indices, scores.shape[1]))
+        own_share = (seq.share or 0.0) * len(scores) / seq.tokens
+        counted = loads, choices, (seq.share, own_share), rows.ranks
+        return _Attached.apply(weights, probabilities, z_loss(logits), self, *counted)  # pyright: ignore[reportReturnType]
 
-    def arrived(self, probabilities: Tensor, z: Tensor, loads: Tensor, choices: Tensor, share: float) -> Tensor:
-        """Count a microbatch, `share` of the global batch; returns the gradient of the balancing loss in `probabilities`.
-
-        `global`: the loads of all data ranks and of this step's microbatches so far. Collective then.
+    def arrived(self, probabilities: Tensor, z: Tensor, counted: "Counted") -> Tensor:
+        """Count a microbatch; returns the gradient of the balancing loss in `probabilities`. Collective where ranks share
+        the tokens of a row, or with `global`: then the loads are those of all ranks and of this step's microbatches so far.
         """
+        loads, choices, (share, own_share), ranks = counted
         tally = self.tally = self.tally or Tally.empty(loads.shape[0], loads.device)
         tally.loads += loads
         tally.choices += choices.sum(0)
-        seen = sum_over(tally.choices.clone(), self.data)[None] if self.options.aux_loss == "global" else choices
+        if self.options.aux_loss == "global":
+            seen = sum_over(tally.choices.clone(), self.context.tokens)[None]
+        else:
+            seen = sum_over(choices.clone(), ranks.group) if ranks.cut else choices
         slope = balance_slope(seen, probabilities)
-        tally.losses += share * torch.stack([(slope * probabilities).sum(), z, torch.ones_like(z)])
+        tally.losses += torch.stack(
+            [share * (slope * probabilities).sum(), own_share * z, own_share * torch.ones_like(z)]
+        )
         return self.aux_weight * share * slope
+
+
+Counted = tuple[Tensor, Tensor, tuple[float, float], TensorRanks]
+"""Loads [E], choices [R, E]; what part of the global batch the microbatch is, and this rank's tokens of it; who has others."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` equal rows of `tokens` tokens, of which this rank holds an equal run where they are cut."""
+
+    count: int
+    tokens: int
+    ranks: TensorRanks
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, on all ranks."""
+        return self.tokens // self.count
+
+    def sums(self, values: Tensor) -> Tensor:
+        """values [T, E] of this rank's tokens -> their sums in each row, [R, E]."""
+        if not self.ranks.cut:
+            return values.unflatten(0, (self.count, -1)).sum(1)
+        if self.count == 1:
+            return values.sum(0, keepdim=True)
+        tokens = torch.arange(len(values), device=values.device) + self.ranks.group.rank * len(values)
+        belongs = tokens // self.length == torch.arange(self.count, device=values.device)[:, None]
+        floats = values if values.is_floating_point() else values.float()  # counts stay exact below 2^24 tokens
+        return belongs.to(floats.dtype) @ floats
 
 
 def balance_slope(visits: Tensor, probabilities: Tensor) -> Tensor:
@@ -87,18 +125,21 @@ def z_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1).square().mean()
 
 
-def _visits(ids: Tensor, experts: int, rows: int) -> Tensor:
-    """Tokens per row and expert [R, E] of ids [T, K]. Through a mask, since counting by atomics has no fixed order."""
-    visited = torch.zeros(ids.shape[0], experts, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
-    return visited.unflatten(0, (rows, -1)).sum(1)
+def _visited(ids: Tensor, experts: int) -> Tensor:
+    """ids [T, K] -> [T, E] True where a token visits. A mask, since counting by atomics has no fixed order."""
+    visited = torch.zeros(ids.shape[0], experts, dtype=torch.bool, device=ids.device)
+    return visited.scatter_(1, ids, True)
 
 
 class _Attached(torch.autograd.Function):
     """Identity on the weights; when their gradient arrives, so do those of the losses."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, probabilities: Tensor, z: Tensor, *rest: Any) -> Tensor:
-        loads, choices, ctx.losses, ctx.share = rest
+    def forward(
+        ctx: Any, weights: Tensor, probabilities: Tensor, z: Tensor, losses: RouterLosses, *counted: Any
+    ) -> Tensor:
+        loads, choices, *ctx.rest = counted
+        ctx.losses = losses
         ctx.save_for_backward(probabilities, z, loads, choices)
         return weights.view_as(weights)
 
@@ -106,6 +147,7 @@ class _Attached(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         probabilities, z, loads, choices = ctx.saved_tensors
-        slope = ctx.losses.arrived(probabilities, z, loads, choices, ctx.share)
-        z_slope = torch.full_like(z, ctx.losses.options.z_loss_weight * ctx.share)
-        return gradients[0], slope, z_slope, None, None, None, None
+        (_, own_share), _ = ctx.rest
+        slope = ctx.losses.arrived(probabilities, z, (loads, choices, *ctx.rest))
+        z_slope = torch.full_like(z, ctx.losses.options.z_loss_weight * own_share)
+        return gradients[0], slope, z_slope, *(None,) * 5

@@ -17,20 +17,24 @@ from nemohybrid_kernels.moe import expert_mlp
 
 
 class Experts(nn.Module):
-    """The weights of all experts, stacked: `up` [E, F (2F when gated), D] and `down` [E, D, F]."""
+    """The weights of all experts, stacked: `up` [E, F (2F when gated), D] and `down` [E, D, F]; tensor ranks share F."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    casts_weights = True
+
+    def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__()
         experts, width = config.num_experts, config.moe_ffn_hidden_size or 0
         hidden = config.moe_latent_size or config.hidden_size
-        fan_out = sum(fc1_outputs(config.activation, width).values())
-        per_expert = Shard(axis=0, over="expert")
+        halves = fc1_outputs(config.activation, width)
+        up = Piece("", (experts, sum(halves.values()), hidden), normal(config.init_std))
+        down = Piece("", (experts, hidden, width), normal(residual_std(config)))
         self.activation = ACTIVATIONS[config.activation]
-        self.up = parameter(Piece("", (experts, fan_out, hidden), normal(config.init_std)), shard=per_expert)
-        self.down = parameter(Piece("", (experts, hidden, width), normal(residual_std(config))), shard=per_expert)
+        self.up = parameter(up, shard=Shard(axis=1, blocks=len(halves)), context=context)
+        self.down = parameter(down, shard=Shard(axis=2), context=context)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x [T, D], expert ids and weights [T, K] -> [T, D]: the weighted sum of the chosen experts."""
+        """x [T, D], expert ids and weights [T, K] -> [T, D]: the weighted sum of the chosen experts, or this rank's
+        summand of it."""
         return expert_mlp(x, ids, weights, self.up, self.down, activation=self.activation)
 
 
@@ -40,13 +44,18 @@ class MoE(Mixer):
 
     LatentMoE (arXiv 2601.18089): with `moe_latent_size` the experts work between one down and one up projection of the
     layer; router and shared expert see the full width.
+
+    Tensor ranks share the inner width of every expert. Router and latent projections, which all hold, work on the tokens of
+    the stream; what the experts need of all tokens is sent at the latent width.
     """
+
+    shares_tokens = True
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__(config, context)
         hidden, latent, width = config.hidden_size, config.moe_latent_size, config.shared_expert_ffn_hidden_size
         self.router = Router(config, context)
-        self.experts = Experts(config)
+        self.experts = Experts(config, context)
         self.latent_down = Linear(hidden, latent, role="latent", std=config.init_std) if latent else None
         self.latent_up = Linear(latent, hidden, role="latent", std=residual_std(config)) if latent else None
         self.shared_expert = MLP(config, context, width) if width else None
@@ -54,7 +63,12 @@ class MoE(Mixer):
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
         ids, weights = self.router(x, seq)
-        inputs = x if self.latent_down is None else self.latent_down(x)
-        out = self.experts(inputs, ids, weights)
-        out = out if self.latent_up is None else self.latent_up(out)
-        return out if self.shared_expert is None else out + self.shared_expert(x, seq)
+        ids, weights = seq.ranks.whole(ids), seq.enter(weights)
+        everyone = seq.enter(x) if self.shared_expert or not self.latent_down else None  # sent once, for both
+        shared = self.shared_expert.summand(everyone) if self.shared_expert and everyone is not None else None
+        if self.latent_down is None or self.latent_up is None:
+            assert everyone is not None
+            out = self.experts(everyone, ids, weights)
+            return seq.leave(out if shared is None else out + shared)
+        out = self.latent_up(seq.leave(self.experts(seq.enter(self.latent_down(x)), ids, weights)))
+        return out if shared is None else out + seq.leave(shared)

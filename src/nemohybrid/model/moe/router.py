@@ -25,10 +25,11 @@ class Router(nn.Module):
         super().__init__()
         context = context or ParallelContext.single()
         self.options, self.top_k, self.experts = config.router, config.moe_top_k, config.num_experts
-        self.gate = Linear(config.hidden_size, config.num_experts, role="router", std=config.init_std)
+        std = config.init_std
+        self.gate = Linear(config.hidden_size, config.num_experts, role="router", std=std, casts_weights=False)
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router.expert_bias else None
         self.register_buffer("expert_bias", bias)
-        self.losses = RouterLosses(config.router, config.moe_top_k, context.data)
+        self.losses = RouterLosses(config.router, config.moe_top_k, context)
 
     def forward(self, x: Tensor, seq: SequenceContext | None = None) -> tuple[Tensor, Tensor]:
         """x [T, D] -> expert ids [T, K] int64 and weights [T, K] fp32, differentiable in x and the gate.
