@@ -6,17 +6,18 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from nemohybrid.checkpoint.files import explained
 from nemohybrid.checkpoint.folders import find_checkpoints
 from nemohybrid.checkpoint.manifest import read_listed, verify
 from nemohybrid.checkpoint.metadata import TensorRecord, read_metadata
+from nemohybrid.checkpoint.planner import PartsLoadPlanner, views_of
 from nemohybrid.checkpoint.save import STATE, single_process_is_fine
 from nemohybrid.checkpoint.storage import SafetensorsReader
 from nemohybrid.checkpoint.world import World
 from nemohybrid.errors import CheckpointError, did_you_mean
+from nemohybrid.parallel.layout import Parts
 
 LISTED_PROBLEMS = 20
 
@@ -66,7 +67,7 @@ def damage(path: Path, world: World) -> str | None:
 
 def load_checkpoint(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Parts],
     *,
     allow_missing: tuple[str, ...] = (),
     allow_unexpected: tuple[str, ...] = (),
@@ -75,8 +76,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fill `tensors` in place from the checkpoint folder `path`, and return its state.
 
-    Collective like `save_checkpoint`. The tensors may be views, DTensors of another layout than the saved one, and
-    on any device; they are written through. Names, global shapes and dtypes must be exactly those of the checkpoint,
+    Collective like `save_checkpoint`. The tensors may be views, DTensors or `Parts` of another layout than the saved one,
+    and on any device; they are written through. Names, global shapes and dtypes must be exactly those of the checkpoint,
     all ranks taken together, but for names that begin with one of
     - allow_missing: may be absent from the checkpoint; such a tensor keeps its values;
     - allow_unexpected: may be in the checkpoint without being asked for (`("optimizer.",)` loads a model alone).
@@ -91,9 +92,9 @@ def load_checkpoint(
     asked = set().union(*world.gather(lambda: list(tensors)))
     world.together(lambda: check_fit(path, tensors, saved, asked, allow_missing, allow_unexpected))
     wanted = {name: tensor for name, tensor in tensors.items() if name in saved}
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with explained(f"loading {path}"), single_process_is_fine():
-        load(wanted, storage_reader=SafetensorsReader(path), planner=planner, process_group=process_group)
+        reader, planner = SafetensorsReader(path), PartsLoadPlanner()
+        load(wanted, storage_reader=reader, planner=planner, process_group=process_group)
     return world.together(lambda: read_state(path))
 
 
@@ -104,7 +105,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def check_fit(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Parts],
     saved: Mapping[str, TensorRecord],
     asked: set[str],
     allow_missing: tuple[str, ...],
@@ -121,14 +122,15 @@ def check_fit(
         raise CheckpointError(f"{path} does not fit this model ({count}):\n{listed(problems)}")
 
 
-def misfit(name: str, tensor: Tensor, record: TensorRecord) -> str | None:
+def misfit(name: str, tensor: Tensor | Parts, record: TensorRecord) -> str | None:
     """Why a saved tensor cannot be copied into `tensor` as it is, or None."""
-    if tensor.is_meta:
+    views = views_of(name, tensor)
+    if any(view.is_meta for view in views):
         return f"{name} is on the meta device: give it memory before loading"
     if tuple(tensor.shape) != record.shape:
         return f"{name} has shape {list(tensor.shape)} here and {list(record.shape)} in the checkpoint"
-    if tensor.dtype != record.dtype:
-        return f"{name} is {tensor.dtype} here and {record.dtype} in the checkpoint"
+    if wrong := [view.dtype for view in views if view.dtype != record.dtype]:
+        return f"{name} is {wrong[0]} here and {record.dtype} in the checkpoint"
     return None
 
 

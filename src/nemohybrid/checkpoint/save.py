@@ -11,16 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from nemohybrid.checkpoint.files import FileEntry, copy_pieces, explained, remove_tree, write_file
 from nemohybrid.checkpoint.folders import publish, step_folder, sweep_leftovers, temporary
 from nemohybrid.checkpoint.manifest import MANIFEST, Manifest, inspect, is_file_name, write_manifest
 from nemohybrid.checkpoint.metadata import DTYPE_NAMES, METADATA
+from nemohybrid.checkpoint.planner import PartsSavePlanner, views_of
 from nemohybrid.checkpoint.storage import SafetensorsWriter
 from nemohybrid.checkpoint.world import World
 from nemohybrid.errors import CheckpointError
+from nemohybrid.parallel.layout import Parts
 
 STATE = "state.json"
 NO_EXTRA_FILES: Mapping[str, Path | str | bytes] = {}
@@ -29,7 +30,7 @@ NO_EXTRA_FILES: Mapping[str, Path | str | bytes] = {}
 def save_checkpoint(
     root: Path,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Parts],
     state: dict[str, Any],
     extra_files: Mapping[str, Path | str | bytes] = NO_EXTRA_FILES,
     process_group: dist.ProcessGroup | None = None,
@@ -40,7 +41,9 @@ def save_checkpoint(
     same `step`, and `root` is a folder that all of them share.
     - tensors: logical name -> tensor of any shape, strides and device. A DTensor is saved as this rank's chunk of a
       global tensor. A plain tensor is taken to be the same on every rank that names it and is written once:
-      what differs from rank to rank needs a name of its own on each.
+      what differs from rank to rank needs a name of its own on each. `Parts` are the boxes that this rank holds of a
+      global tensor, none or many; a box that several ranks hold is written once, and all ranks' boxes together must
+      be the tensor.
     - state: JSON values that come back exactly (finite floats included); rank 0's are written.
     - extra_files: file name -> file to copy, text, or bytes; rank 0's are written.
 
@@ -72,13 +75,12 @@ def make_temporary(temp: Path) -> None:
 
 
 def save_tensors(
-    temp: Path, tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None
+    temp: Path, tensors: Mapping[str, Tensor | Parts], process_group: dist.ProcessGroup | None
 ) -> dict[str, FileEntry]:
     """Write all ranks' tensors into `temp`; on rank 0, what was written."""
     writer = SafetensorsWriter(temp)
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with explained(f"writing {temp}"), single_process_is_fine():
-        save(dict(tensors), storage_writer=writer, planner=planner, process_group=process_group)
+        save(dict(tensors), storage_writer=writer, planner=PartsSavePlanner(), process_group=process_group)
     return writer.files
 
 
@@ -107,7 +109,10 @@ def pieces_of(content: Path | str | bytes) -> Iterable[bytes]:
 
 
 def check_arguments(
-    step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], extra_files: Mapping[str, Path | str | bytes]
+    step: int,
+    tensors: Mapping[str, Tensor | Parts],
+    state: dict[str, Any],
+    extra_files: Mapping[str, Path | str | bytes],
 ) -> None:
     """CheckpointError for anything that could not be saved, or not come back as it is."""
     if step < 0:
@@ -122,16 +127,20 @@ def check_arguments(
             )
 
 
-def check_tensor(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor | Parts) -> None:
     """CheckpointError unless `tensor` can be saved under `name`."""
     if not isinstance(name, str) or not name or "@" in name or name == "__metadata__":
         raise CheckpointError(f"tensor name {name!r}: use a non-empty text without '@'")
-    if not isinstance(tensor, Tensor):
+    if not isinstance(tensor, Tensor | Parts):
         raise CheckpointError(f"{name} is a {type(tensor).__name__}, no tensor: put it into the state instead")
-    if tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"{name} has dtype {tensor.dtype}. Legal: {', '.join(map(str, DTYPE_NAMES))}")
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise CheckpointError(f"{name} is sparse or on the meta device: it has no plain values to save")
+    views = views_of(name, tensor)
+    for view in views:
+        if view.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{name} has dtype {view.dtype}. Legal: {', '.join(map(str, DTYPE_NAMES))}")
+        if view.layout != torch.strided or view.is_meta:
+            raise CheckpointError(f"{name} is sparse or on the meta device: it has no plain values to save")
+    if len(dtypes := sorted({str(view.dtype) for view in views})) > 1:
+        raise CheckpointError(f"{name} has boxes of {' and of '.join(dtypes)}: a tensor has one dtype")
 
 
 def check_json(value: Any, where: str) -> None:

@@ -243,7 +243,9 @@ def shard_pieces(items: list[WriteItem], planner: SavePlanner) -> Iterator[bytes
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor; a copy only where it is not contiguous on the CPU."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    dense = tensor.detach().cpu().contiguous()
+    row = dense.as_strided((dense.numel(),), (1,))  # flatten() leaves a lone value its stride, which view() refuses
+    return row.view(torch.uint8).numpy().data
 
 
 def write_result(item: WriteItem, file: str, entry: FileEntry) -> WriteResult:

@@ -112,10 +112,13 @@ def train(config: RunConfig) -> int:
     from nemohybrid.train.signals import StopSignals, exit_status
 
     with StopSignals() as signals:  # before the imports that take seconds
+        from nemohybrid.config.ranks import shard_ranks
         from nemohybrid.parallel import context as world
         from nemohybrid.train.run import run
 
-        parallel = world.start(config.run.device, config.cluster.backend, config.cluster.timeout_minutes)
+        cluster, layout = config.cluster, config.parallel
+        sizes = layout.tensor, shard_ranks(config, world.world_from_environment()[2]), layout.sequence
+        parallel = world.start(config.run.device, cluster.backend, cluster.timeout_minutes, *sizes)
         trainer = run(config, parallel, signals)
         world.stop()
     return exit_status(trainer.stopped_by)

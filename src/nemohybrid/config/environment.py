@@ -60,9 +60,22 @@ class ParallelSection(Section):
 
     data: str = option("auto", "data-parallel ranks; auto: what the others leave of the world")
     tensor: int = option(1, "ranks that share every matrix", minimum=1)
+    sequence: bool = option(True, "tensor ranks also share the tokens of the residual stream (sequence parallelism)")
     pipeline: int = option(1, "ranks that share the layers", minimum=1)
     context: int = option(1, "ranks that share a sequence", minimum=1)
     expert: int = option(1, "ranks that share the experts", minimum=1)
+    data_mode: str = option(
+        "full_shard",
+        "what data ranks share: full_shard weights, gradients and optimizer state; shard_grad the last two; "
+        "hybrid: full_shard within data_shard ranks, copies over the others; replicate: nothing",
+        choices=("full_shard", "shard_grad", "hybrid", "replicate"),
+    )
+    data_shard: int | None = option(
+        None, "with data_mode=hybrid, data ranks over which weights are cut; empty: those of one node", minimum=1
+    )
+    reduce_every_microbatch: bool = option(
+        False, "sum gradients over data ranks after every microbatch: keeps no whole gradient, sends more"
+    )
 
 
 @dataclass

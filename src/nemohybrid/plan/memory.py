@@ -31,6 +31,10 @@ from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.symbols import parse_pattern
 
 GIB = 2**30
+SMALLER = (
+    "Take a smaller model, a device with more memory, or more ranks that share it (parallel.tensor, or "
+    "parallel.data_mode=full_shard)."
+)
 FP32 = 4
 
 
@@ -54,28 +58,69 @@ class MemoryEstimate:
         return "\n".join(lines + ([f"  activations not counted: {self.left_out}"] if self.left_out else []))
 
 
-def estimate(config: RunConfig, data_ranks: int) -> MemoryEstimate:
-    """What a rank of `config` keeps at the height of a step, when `data_ranks` ranks share the global batch."""
+def estimate(config: RunConfig, data_ranks: int, shard_ranks: int = 1) -> MemoryEstimate:
+    """What a rank of `config` keeps at the height of a step.
+
+    data_ranks share the global batch; shard_ranks of them cut weights, gradients and optimizer state among themselves.
+    """
     with torch.device("meta"):
-        model = HybridModel(config.model)
-    rows = config.train.microbatch or max(1, config.train.global_batch // data_ranks)
-    weights = FP32 * sum(parameter.numel() for parameter in model.parameters())
-    fixed = {"weights, fp32": weights, "gradients, fp32": weights, "optimizer, two fp32 moments": 2 * weights}
+        model = HybridModel(config.model, ParallelContext.imaginary(config.parallel.tensor, config.parallel.sequence))
+    share = max(1, config.train.global_batch // data_ranks)
+    rows = config.train.microbatch or share
+    fixed = _whole(model) if shard_ranks == 1 else _cut(model, config, shard_ranks, several=share > rows)
     try:
         return MemoryEstimate(fixed, _activations(model, config, rows))
     except Exception as error:  # a mixer of the user's own may do what has no meta form; that must not stop a run
         return MemoryEstimate(fixed, {}, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
+def _whole(model: HybridModel) -> dict[str, int]:
+    weights = _weights(model)
+    return {"weights, fp32": weights, "gradients, fp32": weights, "optimizer, two fp32 moments": 2 * weights}
+
+
+def _cut(model: HybridModel, config: RunConfig, ranks: int, several: bool) -> dict[str, int]:
+    """With FSDP: a share of everything, what is gathered at a time, and gradients before they are summed over ranks.
+
+    several: microbatches a step. Their gradients add up whole on every rank, unless they are summed after each.
+    """
+    weights, units = _weights(model), [_sent(module, casting, model) for module, casting in model.sharding_units()]
+    others = weights - sum(_weights(module) for module, _ in model.sharding_units())  # gathered from first to last
+    at_a_time = (
+        sum(units) if config.parallel.data_mode == "shard_grad" else sum(sorted(units)[-2:])
+    )  # one is prefetched
+    keeps_whole = several and not config.parallel.reduce_every_microbatch
+    largest = max((_weights(module) for module, _ in model.sharding_units()), default=0)
+    return {
+        f"weights, fp32, 1/{ranks}": weights // ranks,
+        f"optimizer, two fp32 moments, 1/{ranks}": 2 * weights // ranks,
+        f"gradients, fp32, 1/{ranks}": weights // ranks,
+        "weights gathered at a time": others + at_a_time,
+        "gradients before they are summed": weights if keeps_whole else others + 2 * largest,
+    }
+
+
+def _weights(module: nn.Module) -> int:
+    return FP32 * sum(parameter.numel() for parameter in module.parameters())
+
+
+def _sent(module: nn.Module, casting: list[nn.Module], model: HybridModel) -> int:
+    """Bytes of a unit's weights when they are gathered: some as a cast."""
+    saved = (FP32 - model.dtype.itemsize) * sum(p.numel() for part in casting for p in part.parameters())
+    return _weights(module) - saved
+
+
 def _activations(model: HybridModel, config: RunConfig, rows: int) -> dict[str, int]:
     length, parsed = config.data.sequence_length, parse_pattern(config.model.pattern)
     pattern, depths, seq = parsed.main, parsed.mtp_depth, SequenceContext(rows, length)
-    x = torch.empty(seq.tokens, config.model.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
+    seq.ranks = model.tensor_ranks(seq)
+    own_tokens = seq.tokens // seq.ranks.group.size if seq.ranks.cut else seq.tokens
+    x = torch.empty(own_tokens, config.model.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
     stream = x.nbytes
     kinds = _one_of_each(model, pattern, parsed.mtp)
     kept = {symbol: _kept_for_backward(lambda layer=layer: layer(x, seq), model) for symbol, layer in kinds.items()}
     logits = seq.tokens * model.output.weight.shape[0] * x.element_size()
-    head = _kept_for_backward(lambda: model.output.logits(model.final_norm(x)), model) + logits  # the loss keeps those
+    head = _kept_for_backward(lambda: model.output.own_logits(seq.enter(model.final_norm(x))), model) + logits
     mask = (
         3 * rows * length**2 if "*" in pattern + parsed.mtp and config.data.reset_documents else 0
     )  # bool, and bf16 for the kernel
@@ -92,7 +137,8 @@ def _activations(model: HybridModel, config: RunConfig, rows: int) -> dict[str, 
         block, heads = sum(kept[symbol] for symbol in parsed.mtp), 1 + depths
     if depths:
         layers[f"{depths} MTP depths, {where}"] = depths * (_kept_by_combining(model, x) + block)
-    passing = 2 * largest + (_passing_experts(config.model, seq.tokens, x.element_size()) if "E" in kinds else 0)
+    ranks = seq.ranks.group.size
+    passing = 2 * largest + (_passing_experts(config.model, seq.tokens, x.element_size(), ranks) if "E" in kinds else 0)
     others = {"backward of the largest layer": passing, "logits, their gradient, the loss": heads * head + logits}
     return layers | others | ({"document mask": mask} if mask else {})
 
@@ -113,13 +159,13 @@ def _kept_by_combining(model: HybridModel, x: Tensor) -> int:
     return _kept_for_backward(lambda: block.combine(torch.empty_like(x).requires_grad_(), x), model)
 
 
-def _passing_experts(m: ModelConfig, tokens: int, itemsize: int) -> int:
+def _passing_experts(m: ModelConfig, tokens: int, itemsize: int, ranks: int) -> int:
     """What the backward pass of experts makes, who keep little (nemohybrid_kernels/moe/grouped.py): the rows of all visits
     twice at the width of the input and once within the experts; one of the stacked matrices cast, its gradient, and that
     gradient in fp32."""
     width, inner = (
         m.moe_latent_size or m.hidden_size,
-        sum(fc1_outputs(m.activation, m.moe_ffn_hidden_size or 0).values()),
+        sum(fc1_outputs(m.activation, m.moe_ffn_hidden_size or 0).values()) // ranks,
     )
     rows = tokens * m.moe_top_k * (2 * width + inner) * itemsize
     return rows + m.num_experts * width * inner * (2 * itemsize + FP32)
@@ -191,14 +237,14 @@ def check_fits(config: RunConfig, context: ParallelContext) -> list[str]:
     Raises TrainingError when weights, gradients and optimizer alone are more than the device has left.
     """
     room = available_memory(context.device)
-    expected = estimate(config, context.data.size)
+    expected = estimate(config, context.data.size, context.shard.size)
     if expected.total <= room:
         return []
     found = (
         f"{context.device} has {room / GIB:.2f} GiB left for this rank, which is expected to take\n{expected.table()}"
     )
     if sum(expected.fixed.values()) > room:
-        raise TrainingError(f"the model does not fit: {found}\nTake a smaller model, or a device with more memory.")
+        raise TrainingError(f"the model does not fit: {found}\n{SMALLER}")
     return [f"this may run out of memory: {found}\n{advice(config)}"]
 
 

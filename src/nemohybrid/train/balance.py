@@ -35,7 +35,7 @@ class LoadBalance:
         """
         if not self.routers:
             return torch.zeros(0, device=self.context.device)
-        counted = sum_over(torch.stack([self._take(router) for router in self.routers]), self.context.data)
+        counted = sum_over(torch.stack([self._take(router) for router in self.routers]), self.context.tokens)
         self.loads, losses = counted.split([counted.shape[1] - 3, 3], dim=1)
         means = losses[:, :2] / losses[:, 2:].clamp(min=1e-30)  # a block that ran twice: of its runs
         return torch.cat([_violation(self.loads), means], dim=1).flatten()

@@ -1,11 +1,11 @@
 """Saving a run and taking it up again."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nemohybrid.checkpoint.folders import find_checkpoints, step_of
@@ -19,16 +19,11 @@ from nemohybrid.data.tokenizer import Tokenizer
 from nemohybrid.errors import CheckpointError
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.layout import Parts, held, layout_of
 from nemohybrid.train.finite import all_finite
-from nemohybrid.train.optimizer import MOMENTS, start_state
-from nemohybrid.train.state import (
-    changed_settings,
-    fixed_settings,
-    random_states,
-    restore_random_states,
-    run_state,
-    run_tensors,
-)
+from nemohybrid.train.optimizer import MOMENTS
+from nemohybrid.train.random_streams import PREFIX, RandomStreams
+from nemohybrid.train.state import changed_settings, fixed_settings, run_state
 
 _GIB = 2**30
 _TOKENIZER = "tokenizer."
@@ -39,23 +34,24 @@ class Checkpointer:
 
     def __init__(self, config: RunConfig, context: ParallelContext, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
         self.config, self.context, self.tokenizer, self.data = config, context, tokenizer, data
+        self.random = RandomStreams(context, config.run.seed)
         self.root = Path(config.run.dir) / "checkpoints"
         self.tokenizer_folder = Path(config.run.dir) / "tokenizer"
 
-    def save(self, step: int, model: HybridModel, optimizer: torch.optim.Optimizer) -> Path:
+    def save(self, step: int, tensors: dict[str, Tensor | Parts]) -> Path:
         """Write everything the run is made of, then drop the oldest checkpoints beyond `checkpoint.keep`.
+
+        tensors: this rank's part of model and optimizer.
 
         Raises CheckpointError on every rank when a weight or moment is not finite on any, or the disk fails.
         """
-        tensors = run_tensors(model, optimizer)
         World().together(lambda: check_finite(step, tensors))
-        tensors |= random_states(self.context.rank)
-        state = run_state(step, self._fixed())
+        state = run_state(step, self._fixed(), self.random.layout)
         extra: dict[str, Path | str | bytes] = {"config.yaml": config_yaml(self.config)}
         World().on_first(lambda: self.tokenizer.save(self.tokenizer_folder))
         if self.context.is_main:
             extra |= {file.name: file for file in self.tokenizer_folder.iterdir()}
-        path = save_checkpoint(self.root, step, tensors, state, extra)
+        path = save_checkpoint(self.root, step, tensors | self.random.states(), state, extra)
         prune(self.root, self.config.checkpoint.keep)
         return path
 
@@ -65,7 +61,7 @@ class Checkpointer:
 
     def space_warnings(self, model: HybridModel) -> list[str]:
         """What to say when the disk has no room for the checkpoints that will lie there at a time."""
-        size = sum(p.numel() * (p.element_size() + 4 * len(MOMENTS)) for p in model.parameters())
+        size = sum(math.prod(layout_of(p).shape) * 4 * (1 + len(MOMENTS)) for p in model.parameters())
         at_a_time = (
             self.config.checkpoint.keep + 1 if self.config.checkpoint.every else 1
         )  # one more while it is written
@@ -104,8 +100,10 @@ class Checkpointer:
                 "Move those away, or give another run.dir"
             )
 
-    def load(self, path: Path, model: HybridModel, optimizer: torch.optim.Optimizer) -> int:
-        """Fill model and optimizer in place; returns the step they are at.
+    def load(self, path: Path, tensors: dict[str, Tensor | Parts]) -> int:
+        """Fill this rank's part of model and optimizer in place, whoever saved them; returns the step they are at.
+
+        Random streams go on where the ranks stand as they stood; else they are seeded anew from (seed, step).
 
         Raises CheckpointError when the checkpoint is damaged, of other settings, or beyond the end of this run.
         """
@@ -117,11 +115,10 @@ class Checkpointer:
             )
         self._check_end(path)
         self._check_settings(path)
-        start_state(optimizer, 0)
-        mine = {name: state for name, state in random_states(self.context.rank).items() if name in saved}
-        state = load_checkpoint(path, run_tensors(model, optimizer) | mine, allow_unexpected=("random.",))
-        restore_random_states(mine)
-        start_state(optimizer, state["step"])
+        as_it_was = read_state(path).get("layout") == self.random.layout
+        streams = {name: s for name, s in self.random.states().items() if as_it_was and name in saved}
+        state = load_checkpoint(path, tensors | streams, allow_unexpected=(PREFIX,))
+        self.random.restore(streams) if streams else self.random.start(state["step"])
         return state["step"]
 
     def _fixed(self) -> dict[str, Any]:
@@ -151,9 +148,9 @@ class Checkpointer:
             )
 
 
-def check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(step: int, tensors: Mapping[str, Tensor | Parts]) -> None:
     """CheckpointError for a weight or moment that is not finite: a run must not be resumed from it."""
-    if bad := next((name for name, tensor in tensors.items() if not all_finite(tensor)), None):
+    if bad := next((name for name, tensor in tensors.items() if not all_finite(*held(tensor))), None):
         raise CheckpointError(
             f"step {step}: {bad} is no longer finite after the update, so nothing was saved. Lower optim.lr, "
             "then start the command again to go on from the newest checkpoint"

@@ -10,11 +10,11 @@ from torch import Tensor
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.mtp import shifted
+from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.data import RunData
 from nemohybrid.train.loss import heads
-from nemohybrid_kernels.cross_entropy import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,13 @@ def score_batch(model: HybridModel, batch: Batch) -> Tensor:
     Position t of depth k drafts token t + k + 2 and has read the true ones before it, as the model has that chooses the
     token at position t + k + 1.
     """
-    (hidden, labels, mask), *drafts = heads(model, batch)
-    logits = model.output.logits(hidden)
-    losses = cross_entropy(logits, labels.flatten()).view_as(mask)
-    chosen = logits.argmax(-1).view_as(labels)
-    del logits  # those of one head at a time
+    seq = SequenceContext(*batch.tokens.shape, document_ids=batch.document_ids)
+    (hidden, labels, mask), *drafts = heads(model, batch, seq)
+    losses = model.output.cross_entropy(hidden, labels.flatten(), seq).view_as(mask)
+    chosen = model.output.most_likely(hidden, seq).view_as(labels) if drafts else labels
     sums, accepted = [(losses * mask).sum(), mask.sum()], torch.ones_like(mask)
     for by, (draft, _, counted) in enumerate(drafts, 1):
-        accepted = accepted * (model.output.logits(draft).argmax(-1).view_as(labels) == shifted(chosen, by))
+        accepted = accepted * (model.output.most_likely(draft, seq).view_as(labels) == shifted(chosen, by))
         sums += [(accepted * counted).sum(), counted.sum()]
     return torch.stack(sums)
 

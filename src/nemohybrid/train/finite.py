@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nemohybrid.checkpoint.world import World
 from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.parallel.layout import local
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.loss import summed_losses
 
@@ -32,32 +33,33 @@ def first_bad_tensor(model: HybridModel, batch: Batch, microbatch: int) -> str:
 
 def _on_this_rank(model: HybridModel, batch: Batch, microbatch: int) -> str:
     """In the order of the computation: weights, then for each microbatch layer outputs, loss, gradients. "" if none."""
-    if bad := next((name for name, p in model.named_parameters() if not all_finite(p)), None):
-        return f"weight {bad}, already before the step,"
+    bad = next((name for name, p in model.named_parameters() if not all_finite(local(p))), None)
+    found = [f"weight {bad}, already before the step,"] if bad else []
     parts = list(batch.split(microbatch))
     for number, part in enumerate(parts, 1):
-        if found := _in_microbatch(model, part, part.tokens.shape[0] / batch.tokens.shape[0]):
-            return f"{found} in microbatch {number} of {len(parts)}"
-    return ""
+        if inside := _in_microbatch(model, part, part.tokens.shape[0] / batch.tokens.shape[0]):
+            found.append(f"{inside} in microbatch {number} of {len(parts)}")
+    return found[0] if found else ""
 
 
 def _in_microbatch(model: HybridModel, part: Batch, share: float) -> str:
+    """To the end, whatever is found: ranks that share the model compute together, and others may find nothing."""
     model.zero_grad(set_to_none=True)
     with _bad_outputs(model) as bad:
         loss = summed_losses(model, part, share).sum() / part.labels.numel()
+    loss.backward()
+    name = bad_gradient(model)
+    model.zero_grad(set_to_none=True)
     if bad:
         return f"the output of {bad[0]}"
     if not all_finite(loss):
         return "the loss"
-    loss.backward()
-    name = bad_gradient(model)
-    model.zero_grad(set_to_none=True)
     return f"the gradient of {name}" if name else ""
 
 
 def bad_gradient(model: nn.Module) -> str | None:
     """The parameter whose gradient stops being finite first in the backward pass, which goes from the last to the first."""
-    gradients = ((name, p.grad) for name, p in reversed(list(model.named_parameters())) if p.grad is not None)
+    gradients = ((name, local(p.grad)) for name, p in reversed(list(model.named_parameters())) if p.grad is not None)
     return next((name for name, gradient in gradients if not all_finite(gradient)), None)
 
 

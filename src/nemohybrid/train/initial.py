@@ -1,7 +1,10 @@
 """Starting a run from weights that are there: `init_from`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from nemohybrid.checkpoint.load import load_checkpoint
 from nemohybrid.config.model import ModelConfig
@@ -12,18 +15,18 @@ from nemohybrid.data.tokenizer import load_tokenizer
 from nemohybrid.data.tokenizer_base import MODEL_FILE, TOKENIZER_FILE, Tokenizer
 from nemohybrid.errors import CheckpointError
 from nemohybrid.generate.load import find_checkpoint
-from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.parallel.layout import Parts
 from nemohybrid.symbols import parse_pattern
-from nemohybrid.train.state import FREE_IN_MODEL, changed_settings, model_tensors
+from nemohybrid.train.state import FREE_IN_MODEL, changed_settings
 
 OF_TRAINING = ("init_std", "rescale_output_init", "dt_min", "dt_max", "dt_init_floor")
 """Beginnings of keys of `model` that may differ too where the same weights compute the same."""
 
 
-def load_initial_weights(config: RunConfig, model: HybridModel, tokenizer: Tokenizer) -> list[str]:
-    """Fill the model from what `init_from` names; step and optimizer stay those of a new run. Returns what to say of it.
+def load_initial_weights(config: RunConfig, tensors: Mapping[str, Tensor | Parts], tokenizer: Tokenizer) -> list[str]:
+    """Fill this rank's part of the model from what `init_from` names; step and optimizer stay those of a new run.
 
-    Raises CheckpointError where tensors, settings that change what they compute, or the tokenizer differ. Collective.
+    Returns what to say of it. Raises CheckpointError where tensors, settings that change what they compute, or the tokenizer differ. Collective.
     """
     if config.init_from is None:
         return []
@@ -32,7 +35,7 @@ def load_initial_weights(config: RunConfig, model: HybridModel, tokenizer: Token
     _check_same_model(checkpoint, config.model)
     _check_same_tokenizer(checkpoint, tokenizer)
     others = ("optimizer.", "random.")
-    load_checkpoint(checkpoint, model_tensors(model), allow_unexpected=others, verify_files=checkpoint == named)
+    load_checkpoint(checkpoint, tensors, allow_unexpected=others, verify_files=checkpoint == named)
     return [f"starting from the weights of {checkpoint}, with a new optimizer at step 0"]
 
 

@@ -9,18 +9,16 @@ from torch.utils.checkpoint import checkpoint
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.train.batch import Batch
-from nemohybrid_kernels.cross_entropy import cross_entropy
 
 # B batch, L length, T tokens = B*L, D hidden
 
 
-def heads(model: HybridModel, batch: Batch, share: float | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def heads(model: HybridModel, batch: Batch, seq: SequenceContext) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Hidden states [T, D], labels [B, L] and mask [B, L], for the next token and then for each MTP depth.
 
-    One pass over the model; the MTP part runs when the second head is asked for. `share`: what part of the global batch
-    this is, in training only (see `SequenceContext`).
+    One pass over the model; the MTP part runs when the second head is asked for. With sequence parallelism hidden states
+    are of this rank's tokens, labels and mask of all.
     """
-    seq = SequenceContext(*batch.tokens.shape, document_ids=batch.document_ids, share=share)
     hidden = model.hidden_states(batch.tokens, seq)
     yield hidden, batch.labels, batch.loss_mask
     if model.mtp_depth:
@@ -32,24 +30,27 @@ def heads(model: HybridModel, batch: Batch, share: float | None = None) -> Itera
 def summed_losses(model: HybridModel, batch: Batch, share: float | None = None) -> Tensor:
     """[1 + MTP depths] fp32, nats: the cross-entropies of the next tokens that `batch.loss_mask` keeps, and of each depth's.
 
+    `share`: what part of the global batch this is, in training only (see `SequenceContext`).
+
     Sums, not means: the trainer divides by the counts of the whole global batch, so that neither microbatches nor data
     ranks change the mathematics when they hold different numbers of unmasked tokens.
 
     For the backward pass every head keeps its logits and its cast of the output matrix; with `model.recompute` a model
     with MTP computes them again, and there are those of one head at a time.
     """
+    seq = SequenceContext(*batch.tokens.shape, document_ids=batch.document_ids, share=share)
     again = model.recompute and model.mtp_depth > 0 and torch.is_grad_enabled()
     losses = [
-        checkpoint(_summed, model, *head, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_summed, model, seq, *head, use_reentrant=False, preserve_rng_state=False)
         if again
-        else _summed(model, *head)
-        for head in heads(model, batch, share)
+        else _summed(model, seq, *head)
+        for head in heads(model, batch, seq)
     ]
     return torch.stack(losses)  # pyright: ignore[reportArgumentType]
 
 
-def _summed(model: HybridModel, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    losses = cross_entropy(model.output.logits(hidden), labels.flatten())
+def _summed(model: HybridModel, seq: SequenceContext, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    losses = model.output.cross_entropy(hidden, labels.flatten(), seq)
     return (losses * mask.flatten()).sum()
 
 

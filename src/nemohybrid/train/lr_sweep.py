@@ -23,6 +23,7 @@ from nemohybrid.train.callbacks.base import Callback
 from nemohybrid.train.callbacks.output_norms import PREFIX, MeasureOutputNorms
 from nemohybrid.train.initial import load_initial_weights
 from nemohybrid.train.signals import StopSignals
+from nemohybrid.train.state import model_tensors
 from nemohybrid.train.step import StepResult
 from nemohybrid.train.trainer import Trainer
 
@@ -201,7 +202,7 @@ def run_cell(
     """Train once, in memory: no checkpoint, no metrics file. The record as written to disk; None where a signal came."""
     started, kept = time.monotonic(), _Losses()
     trainer = Trainer(config, context, [MeasureOutputNorms(measure_every), kept])
-    load_initial_weights(config, trainer.model, trainer.data.tokenizer)
+    load_initial_weights(config, model_tensors(trainer.model, trainer.parameters), trainer.data.tokenizer)
     failure = ""
     try:
         trainer.fit(signals)

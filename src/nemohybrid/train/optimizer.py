@@ -1,20 +1,21 @@
 """AdamW on fp32 master weights, its moments under logical names."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nemohybrid.config.training import OptimSection
-from nemohybrid.parallel.layout import layout_of, logical_views
+from nemohybrid.parallel.layout import Parts, layout_of, logical_parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """State tensors shaped like their parameter, by the same names in torch, apex and Transformer Engine."""
 
 
-def build_optimizer(model: nn.Module, options: OptimSection) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], options: OptimSection) -> torch.optim.Optimizer:
     """Two groups: what decays (matrices, by their global shape) and what does not."""
-    parameters = list(model.parameters())
+    parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if layout_of(p).decays], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if not layout_of(p).decays], "weight_decay": 0.0},
@@ -35,13 +36,15 @@ def _optimizer_class(name: str) -> Any:
     return lambda groups, **settings: torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """`optimizer.exp_avg.<logical name>` -> view of the moment, for every parameter. Call `start_state` first."""
-    result: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor | Parts]:
+    """`optimizer.exp_avg.<logical name>` -> what this rank holds of the moment. Call `start_state` first."""
+    result: dict[str, Tensor | Parts] = {}
+    for name, parameter in parameters.items():
         for moment in MOMENTS:
-            views = logical_views(name, parameter, optimizer.state[parameter][moment])
-            result |= {f"optimizer.{moment}.{logical}": view for logical, view in views.items()}
+            held = logical_parts(name, parameter, optimizer.state[parameter][moment])
+            result |= {f"optimizer.{moment}.{logical}": part for logical, part in held.items()}
     return result
 
 

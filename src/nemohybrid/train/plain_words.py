@@ -47,7 +47,7 @@ def _out_of_memory(config: RunConfig, context: ParallelContext, error: Exception
     return (
         f"out of memory on rank {context.rank} ({context.device})"
         f"{f': {wanted[1]} more were wanted' if wanted else ''}. Expected of a rank:\n"
-        f"{estimate(config, context.data.size).table()}\n{advice(config)}\n"
+        f"{estimate(config, context.data.size, context.shard.size).table()}\n{advice(config)}\n"
         "What was saved is untouched; with smaller microbatches or recomputation the same run goes on from there."
     )
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from nemohybrid.checkpoint.world import World
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml
@@ -17,6 +15,7 @@ from nemohybrid.train.callbacks import standard
 from nemohybrid.train.lock import only_job_in
 from nemohybrid.train.plain_words import in_plain_words
 from nemohybrid.train.process import allow_many_files, keep_freed_memory
+from nemohybrid.train.random_streams import RandomStreams
 from nemohybrid.train.signals import StopSignals, name_of
 from nemohybrid.train.trainer import Trainer, use_threads
 
@@ -32,7 +31,7 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
         use_threads(config.train.threads)
         keep_freed_memory()
         allow_many_files()
-        torch.manual_seed(config.run.seed + context.rank)
+        RandomStreams(context, config.run.seed).start()
         folder = Path(config.run.dir)
         with only_job_in(folder) as notes:
             warnings = World().together(lambda: check_fits(config, context))
@@ -55,7 +54,7 @@ def _train(trainer: Trainer, folder: Path, signals: StopSignals | None) -> None:
 
 def check_agreement(config: RunConfig, context: ParallelContext) -> None:
     """Every rank must have composed what rank 0 composed. Raises ConfigError on all ranks otherwise."""
-    digests = gather_bytes(bytes.fromhex(config.digest()), context.data, context.device)
+    digests = gather_bytes(bytes.fromhex(config.digest()), context.world, context.device)
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise ConfigError(
@@ -89,8 +88,20 @@ def _introduction(config: RunConfig, context: ParallelContext) -> str:
         f"{config.model.name}: {pattern.main} ({pattern.num_layers} layers), {cost.parameters:,} parameters"
         f"{f', {cost.active:,} active' if cost.active != cost.parameters else ''}\n"
         f"{config.train.steps} steps of {config.train.global_batch} x {config.data.sequence_length} tokens, "
-        f"{config.model.dtype} on {context.world_size} x {context.device.type}, run folder {config.run.dir}"
+        f"{config.model.dtype} on {context.world_size} x {context.device.type}{_layout(config, context)}, "
+        f"run folder {config.run.dir}"
     )
+
+
+def _layout(config: RunConfig, context: ParallelContext) -> str:
+    """` (tensor 2 with sequence parallelism, data 4 full_shard over 2)`; nothing for a world of one."""
+    parts = []
+    if context.tensor.size > 1:
+        parts.append(f"tensor {context.tensor.size}{' with sequence parallelism' if context.sequence else ''}")
+    if context.data.size > 1:
+        cut = f"{config.parallel.data_mode} over {context.shard.size}" if context.shard.size > 1 else "replicate"
+        parts.append(f"data {context.data.size} {cut}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _for_benchmarks_only(config: RunConfig) -> list[str]:

@@ -1,44 +1,39 @@
 """What a run is made of, as checkpoints hold it: logical tensors, and a few numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nemohybrid.config.run_config import RunConfig
-from nemohybrid.parallel.layout import logical_parameters
+from nemohybrid.parallel.layout import Parts, logical_parts
 from nemohybrid.train.optimizer import optimizer_tensors
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`model.<logical name>` -> view, for every parameter and buffer."""
-    tensors = logical_parameters(model) | {name: b.detach() for name, b in model.named_buffers()}
-    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+def model_tensors(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> dict[str, Tensor | Parts]:
+    """`model.<logical name>` -> what this rank holds, for every parameter and buffer.
+
+    parameters: by name, what this rank trains; None: those of the model.
+    """
+    held: dict[str, Tensor | Parts] = {}
+    for name, tensor in (parameters or dict(model.named_parameters())).items():
+        held |= logical_parts(name, tensor, tensor.detach())
+    held |= {name: buffer.detach() for name, buffer in model.named_buffers()}
+    return {f"model.{name}": tensor for name, tensor in held.items()}
 
 
-def random_states(rank: int) -> dict[str, Tensor]:
-    """The generators of this rank, as bytes. Nothing random happens in a step today; what will, must resume."""
-    states = {f"random.cpu.rank{rank:05d}": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[f"random.cuda.rank{rank:05d}"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random_states(states: dict[str, Tensor]) -> None:
-    """Put back what `random_states` took."""
-    for name, state in states.items():
-        torch.cuda.set_rng_state(state) if ".cuda." in name else torch.set_rng_state(state)
-
-
-def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def run_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter] | None = None
+) -> dict[str, Tensor | Parts]:
     """Model and optimizer, ready to be saved or filled in place."""
-    return model_tensors(model) | optimizer_tensors(optimizer, model)
+    named = parameters or dict(model.named_parameters())
+    return model_tensors(model, named) | optimizer_tensors(optimizer, named)
 
 
-def run_state(step: int, fixed: dict[str, Any]) -> dict[str, Any]:
-    """The JSON side: where the run is, and the settings that a resumed run must not change."""
-    return {"step": step, "fixed": fixed}
+def run_state(step: int, fixed: dict[str, Any], layout: dict[str, int]) -> dict[str, Any]:
+    """The JSON side: where the run is, the settings that a resumed run must not change, and how ranks shared it."""
+    return {"step": step, "fixed": fixed, "layout": layout}
 
 
 FIXED = ("run.seed", "data.sequence_length", "data.reset_documents", "train.global_batch", "train.batch_ramp", "model")

@@ -1,15 +1,17 @@
 """One optimizer step: microbatches, gradient sum over ranks, clipping, update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.parallel.context import ParallelContext
-from nemohybrid.parallel.gradients import clip_gradients, sum_gradients
+from nemohybrid.parallel.data import DataRanks, Replicated
+from nemohybrid.parallel.gradients import clip_gradients
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.loss import loss_weights, summed_losses, target_counts
 
@@ -28,8 +30,12 @@ class StepResult:
     metrics: dict[str, float | list[float] | None] = field(default_factory=dict)
 
 
-def compute_gradients(model: HybridModel, batch: Batch, microbatch: int, context: ParallelContext) -> torch.Tensor:
-    """Leave the gradient of the training loss over the global batch in every `.grad`.
+def compute_gradients(
+    model: HybridModel, batch: Batch, microbatch: int, context: ParallelContext, shared: DataRanks | None = None
+) -> torch.Tensor:
+    """Leave the gradient of the training loss over the global batch in every `.grad` of `shared.parameters`.
+
+    shared: how data ranks share the model; None: each holds all of it, and its own parameters get the gradients.
 
     Returns the mean losses [1 + MTP depths] fp32 over the global batch: of the next token, then of each depth; NaN for a
     depth that no row is long enough for. One backward pass a microbatch; gradients of all its losses add up in fp32.
@@ -38,11 +44,14 @@ def compute_gradients(model: HybridModel, batch: Batch, microbatch: int, context
     weights = loss_weights(counts, model.config.mtp.loss_weight)
     rows = batch.tokens.shape[0] * context.data.size
     totals = torch.zeros_like(counts)
-    for part in batch.split(microbatch):
-        sums = summed_losses(model, part, share=part.tokens.shape[0] / rows)
-        (sums * weights).sum().backward()
+    shared = shared or Replicated(model, context)
+    parts = list(batch.split(microbatch))
+    for number, part in enumerate(parts, 1):
+        with shared.microbatch(last=number == len(parts)):
+            sums = summed_losses(model, part, share=part.tokens.shape[0] / rows)
+            (sums * weights).sum().backward()
         totals += sums.detach()
-    sum_gradients(model.parameters(), context.data)
+    shared.finish()
     return sum_over(totals, context.data) / counts
 
 
@@ -51,9 +60,11 @@ def mtp_metrics(losses: Sequence[float]) -> dict[str, float | None]:
     return {f"mtp_loss/{depth}": None if math.isnan(loss) else loss for depth, loss in enumerate(losses, 1)}
 
 
-def update(model: HybridModel, optimizer: torch.optim.Optimizer, clip: float | None, norm: torch.Tensor) -> None:
+def update(
+    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, clip: float | None, norm: torch.Tensor
+) -> None:
     """Clip the gradients, whose norm is known to be `norm`, apply and clear them."""
     if clip is not None:
-        clip_gradients(model.parameters(), norm, clip)
+        clip_gradients(parameters, norm, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -17,22 +17,22 @@ from nemohybrid.checkpoint.world import World
 from nemohybrid.config.batch_plan import BatchPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
-from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.collectives import largest
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
-from nemohybrid.precision.gemm import bind
 from nemohybrid.train.balance import LoadBalance
 from nemohybrid.train.batch import Batch
+from nemohybrid.train.build import build_model
 from nemohybrid.train.checkpointing import Checkpointer
 from nemohybrid.train.data import RunData
 from nemohybrid.train.evaluation import Evaluation, evaluate, evaluation_is_due
 from nemohybrid.train.finite import first_bad_tensor
 from nemohybrid.train.initial import load_initial_weights
-from nemohybrid.train.optimizer import build_optimizer, set_learning_rate
+from nemohybrid.train.optimizer import build_optimizer, set_learning_rate, start_state
 from nemohybrid.train.schedule import learning_rate
 from nemohybrid.train.signals import StopSignals
+from nemohybrid.train.state import model_tensors, run_tensors
 from nemohybrid.train.step import StepResult, compute_gradients, mtp_metrics, update
 
 if TYPE_CHECKING:
@@ -53,10 +53,9 @@ class Trainer:
         self.config, self.context, self.callbacks = config, context, callbacks
         self.plan = BatchPlan(config.train, config.data.sequence_length)
         self.data = RunData(config, context)
-        self.model = HybridModel.create(config.model, config.run.seed, context)
-        bind(self.model.modules(), config.precision.recipe)
-        self.model.recompute = config.train.recompute == "layer"
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.model, self.shared = build_model(config, context)
+        self.parameters = self.shared.parameters
+        self.optimizer = build_optimizer(self.parameters.values(), config.optim)
         self.balance = LoadBalance(self.model, context)
         self.checkpoints = Checkpointer(config, context, self.data.tokenizer, self.data.identity())
         self.step = self.stopped_by = 0
@@ -120,8 +119,8 @@ class Trainer:
         lr = learning_rate(self.config, self.plan, step)
         set_learning_rate(self.optimizer, lr)
         batch = self.data.batch(step)
-        losses = compute_gradients(self.model, batch, self.microbatch, self.context)
-        norm = gradient_norm(self.model.parameters())
+        losses = compute_gradients(self.model, batch, self.microbatch, self.context, self.shared)
+        norm = gradient_norm(self.parameters.values(), self.context)
         numbers = torch.cat([norm.float().view(1), losses, self.balance.collect()])
         grad_norm, mean_loss, *others = numbers.tolist()  # the step waits for the device only here
         finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
@@ -129,7 +128,7 @@ class Trainer:
         verdict = largest(self.signals.received if finite else NOT_FINITE, self.context)
         if verdict == NOT_FINITE:
             raise TrainingError(f"step {step}: {self._not_finite(batch, mean_loss, grad_norm)}")
-        update(self.model, self.optimizer, self.config.optim.clip_grad_norm, norm)
+        update(self.parameters.values(), self.optimizer, self.config.optim.clip_grad_norm, norm)
         self.balance.update_bias()
         self.step = step
         self.stopped_by = 0 if self.is_complete else verdict  # a run that is at its end just ends
@@ -155,6 +154,7 @@ class Trainer:
         and the same command scores it when it goes on.
         """
         evaluation = evaluate(self.model, self.data, self.microbatch, self.step, self._may_go_on)
+        self.shared.release()
         if evaluation is not None:
             self.last_evaluation, self.owes_evaluation = evaluation, False
             self._tell("on_evaluation", self, evaluation)
@@ -170,7 +170,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment, once, and tell the callbacks."""
         if self.last_saved is None or self.last_saved[0] != self.step:
-            path = self.checkpoints.save(self.step, self.model, self.optimizer)
+            path = self.checkpoints.save(self.step, run_tensors(self.model, self.optimizer, self.parameters))
             self.last_saved = self.step, path
             self._tell("on_checkpoint", self, path)
         return self.last_saved[1]
@@ -179,8 +179,11 @@ class Trainer:
         """Go on from the checkpoint that `resume` names. Returns what the user must know, in plain words."""
         path, notes = self.checkpoints.find()
         if path is None:
-            return [*notes, *load_initial_weights(self.config, self.model, self.data.tokenizer)]
-        self.step = self.checkpoints.load(path, self.model, self.optimizer)
+            held = model_tensors(self.model, self.parameters)
+            return [*notes, *load_initial_weights(self.config, held, self.data.tokenizer)]
+        start_state(self.optimizer, 0)
+        self.step = self.checkpoints.load(path, run_tensors(self.model, self.optimizer, self.parameters))
+        start_state(self.optimizer, self.step)
         self.last_saved = (self.step, path)
         self.owes_evaluation = World().on_first(self._owes_evaluation)
         where = f"step {self.step} of {self.config.train.steps}{', still to be scored' if self.owes_evaluation else ''}"

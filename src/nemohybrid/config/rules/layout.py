@@ -42,12 +42,12 @@ def ranks_make_the_world(now: Situation) -> Violation | None:
 def layouts_of_this_version(now: Situation) -> Violation | None:
     """Data parallelism works; the other axes are refused rather than ignored."""
     parallel = now.config.parallel
-    asked = [axis for axis in ("tensor", "pipeline", "context", "expert") if getattr(parallel, axis) > 1]
+    asked = [axis for axis in ("pipeline", "context", "expert") if getattr(parallel, axis) > 1]
     if not asked:
         return None
     where = " ".join(f"parallel.{axis}={getattr(parallel, axis)}" for axis in asked)
     legal = {f"parallel.{axis}": "1" for axis in asked}
-    return Violation(where, "this version trains with data parallelism only", legal)
+    return Violation(where, "this version trains with data, tensor and sequence parallelism only", legal)
 
 
 @rule(RUN_RULES, "M")

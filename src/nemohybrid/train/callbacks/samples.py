@@ -9,7 +9,10 @@ from nemohybrid.train.trainer import Trainer
 
 
 class Samples(Callback):
-    """Continues `sample.prompts`, prints the result and keeps it in <run.dir>/samples.txt."""
+    """Continues `sample.prompts`, prints the result and keeps it in <run.dir>/samples.txt.
+
+    On every rank, since none may hold the whole model; rank 0 alone prints and writes.
+    """
 
     def on_run_end(self, trainer: Trainer) -> None:
         """All prompts as one batch."""
@@ -23,6 +26,9 @@ class Samples(Callback):
             sampling,
             seed=trainer.config.run.seed,
         )
+        trainer.shared.release()
+        if not trainer.context.is_main:
+            return
         written = "\n".join(f"----- sample {i} -----\n{text}\n" for i, text in enumerate(texts, 1))
         print(f"\n{written}")
         (Path(trainer.config.run.dir) / "samples.txt").write_text(written)

@@ -32,7 +32,6 @@ def _writers(config: RunConfig) -> list[Callback]:
         (True, Progress(config.logging.console, config.logging.every)),
         (config.logging.picture, Picture()),
         (config.logging.expert_map_every > 0, ExpertMap(config.logging.expert_map_every)),
-        (bool(config.sample.prompts), Samples()),
     ]
     return [callback for wanted, callback in chosen if wanted]
 
@@ -41,4 +40,5 @@ def _actors(config: RunConfig) -> list[Callback]:
     save: list[Callback] = [
         Checkpoint(config.checkpoint.every)
     ]  # first: a run that dies while it scores has lost nothing
-    return save + ([Evaluate()] if config.train.evaluate_every else [])
+    score: list[Callback] = [Evaluate()] if config.train.evaluate_every else []
+    return save + score + ([Samples()] if config.sample.prompts else [])
