@@ -58,7 +58,7 @@ def train():
     overrides = ["model=tiny", "model.hidden_size=64", 'model.pattern="CM-C*-"', "optim.lr=3e-3"]
     config = load_model_config(overrides)
     model = HybridModel.create(config.model, seed=0)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model.parameters(), config.optim)
     new = {n: p for n, p in model.named_parameters() if n.startswith(("layers.0.mixer", "layers.3.mixer"))}
     tokens = torch.randint(257, (4, 17), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(4, 16), None)
@@ -67,7 +67,7 @@ def train():
         losses.append(compute_gradients(model, batch, 2, ParallelContext.single()).item())
         for name, p in new.items():
             smallest[name] = min(smallest[name], p.grad.abs().max().item() if p.grad is not None else 0.0)
-        update(model, optimizer, 1.0, gradient_norm(model.parameters()))
+        update(model.parameters(), optimizer, 1.0, gradient_norm(model.parameters()))
     built = sum(p.numel() for p in model.parameters())
     return dict(losses=losses, gradients=smallest, built=built, counted=total_cost(config.model, 16).parameters)
 

@@ -49,6 +49,15 @@ def test_views_are_saved_and_loaded_through_and_their_neighbours_are_left_alone(
     assert torch.equal(target, expected)
 
 
+def test_a_view_of_one_value_or_none_is_saved_whatever_its_strides(tmp_path):
+    memory = torch.arange(12.0).reshape(3, 4)
+    tensors = {"one": memory[:1, 2], "none": memory[:0, 2], "corner": memory[1:2, 3:]}
+    path = save_checkpoint(tmp_path, 1, tensors, {})
+    loaded = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
+    load_checkpoint(path, loaded)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
 def test_a_parameter_under_two_names_is_saved_under_both(tmp_path):
     tied = torch.nn.Parameter(torch.randn(4, 3))
     path = save_checkpoint(tmp_path, 1, {"embedding": tied, "output": tied}, {})

@@ -1,9 +1,15 @@
 """What a parameter is made of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nemohybrid.parallel.layout import ParamLayout, Piece, layout_of, logical_name, logical_views, parameter
+from nemohybrid.errors import ConfigError
+from nemohybrid.model import init
+from nemohybrid.parallel.layout import Box, ParamLayout, Piece, Shard, layout_of, logical_name, logical_views, parameter
 
 
 def piece(name: str, *shape: int) -> Piece:
@@ -57,3 +63,79 @@ def test_matrices_decay_and_vectors_do_not():
     assert ParamLayout((piece("", 2, 3),)).decays
     assert ParamLayout((piece("", 2, 3, 4),)).decays
     assert not ParamLayout((piece("x", 2), piece("B", 3))).decays
+
+
+def drawn(name: str, *shape: int, **options) -> Piece:
+    return Piece(name, shape, lambda generator, shape: torch.randn(shape, generator=generator), **options)
+
+
+def boxes_of_all_ranks(pieces, shard: Shard, ranks: int, cut_rows: int) -> list[tuple[int, Box]]:
+    """(number of the piece, box) of every rank of `ranks` tensor x `cut_rows` data ranks, copies once."""
+    found = []
+    for rank in range(ranks):
+        layout = ParamLayout(pieces, shard, rank, ranks)
+        rows = layout.tensor_shape[0]
+        chunk = -(-rows // cut_rows)
+        for part in range(cut_rows):
+            first, end = min(rows, part * chunk), min(rows, (part + 1) * chunk)
+            held = replace(layout, rows=(first, end)).boxes
+            assert all(box.local[0] + box.shape[0] <= end - first for box in held), "a box outside of its rank's rows"
+            found += [(pieces.index(box.piece), box) for box in held if box.copy == 0]
+    return found
+
+
+@given(
+    units=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    width=st.integers(1, 4),
+    ranks=st.sampled_from([1, 2, 4]),
+    cut_rows=st.integers(1, 5),
+    axis=st.sampled_from([0, 1]),
+    blocks=st.sampled_from([1, 2]),
+    parts=st.sampled_from([None, 1, 2]),
+)
+def test_the_boxes_of_all_ranks_are_every_element_once(units, width, ranks, cut_rows, axis, blocks, parts):
+    """Whatever is stacked, cut along either axis, and cut again by rows, so that a piece may end in the middle of a rank."""
+    sizes = [n * 4 * blocks for n in units]
+    shapes = [(n, width) if axis == 0 else (width, sizes[0]) for n in sizes]
+    pieces = tuple(drawn(str(i), *shape, parts=parts) for i, shape in enumerate(shapes))
+    shard = Shard(axis=axis, blocks=blocks)
+    seen = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
+    for number, box in boxes_of_all_ranks(pieces, shard, ranks, cut_rows):
+        box.of_whole(seen[number]).add_(1)
+    assert all(torch.equal(count, torch.ones_like(count)) for count in seen)
+
+
+@given(rows=st.integers(1, 40), ranks=st.sampled_from([1, 2, 3, 8]))
+def test_a_vocabulary_is_cut_as_equally_as_it_divides(rows, ranks):
+    held = [ParamLayout((drawn("", rows, 2),), Shard(axis=0, even=False), rank, ranks) for rank in range(ranks)]
+    sizes = [layout.tensor_shape[0] for layout in held]
+    assert sum(sizes) == rows
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_what_does_not_divide_is_refused_with_its_name():
+    with pytest.raises(ConfigError, match=r"k \[6, 3\] cannot be shared by 4 ranks"):
+        _ = ParamLayout((drawn("k", 6, 3),), Shard(axis=0), 0, 4).boxes
+
+
+def test_ranks_that_hold_the_same_part_are_numbered():
+    held = [ParamLayout((drawn("k", 6, 3, parts=2),), Shard(axis=0), rank, 4).boxes[0] for rank in range(4)]
+    assert [(box.offsets[0], box.copies, box.copy) for box in held] == [(0, 2, 0), (0, 2, 1), (3, 2, 0), (3, 2, 1)]
+
+
+def test_first_values_do_not_depend_on_who_draws_them(monkeypatch):
+    """Blocks of a few rows, cuts that fall inside of them, and rows that are padding."""
+    monkeypatch.setattr(init, "BLOCK_ELEMENTS", 12)
+    piece = drawn("", 23, 4, filled=21)
+    whole = torch.empty(23, 4)
+    init.draw(ParamLayout((piece,)).boxes[0], whole, 7, "w")
+    assert not whole[21:].any()
+    assert len(set(whole[:21].flatten().tolist())) == 84, "two blocks drew the same numbers"
+    for axis in (0, 1):
+        for rank in range(4):
+            layout = ParamLayout((piece,), Shard(axis=axis, even=False), rank, 4)
+            for first in range(0, layout.tensor_shape[0], 2):
+                for box in replace(layout, rows=(first, first + 2)).boxes:
+                    part = torch.full(box.shape, torch.nan)
+                    init.draw(box, part, 7, "w")
+                    assert torch.equal(part, box.of_whole(whole)), f"axis {axis}, rank {rank}, from row {first}"

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 DEADLINE_S = 60.0
+GRACE_S = 5.0
 
 
 def fork(action: Callable[[], object], failure: Path) -> int:
@@ -48,7 +49,8 @@ def wait(child: int) -> int:
 def run_world(size: int, action: Callable[[int], object], folder: Path) -> list[Path]:
     """`action(rank)` on `size` Gloo ranks -> the files with the tracebacks of those that failed, first failure first.
 
-    `folder` must be empty. The name of a file ends in the rank.
+    `folder` must be empty. The name of a file ends in the rank. Peers of a rank that failed mostly fail too, with less to
+    say; those that wait for it instead are killed after a grace period.
     """
 
     def member(rank: int) -> None:
@@ -58,8 +60,27 @@ def run_world(size: int, action: Callable[[int], object], folder: Path) -> list[
         dist.barrier()  # a rank that leaves early makes its peers fail
         dist.destroy_process_group()
 
-    children = [fork(lambda rank=rank: member(rank), folder / f"failure{rank}") for rank in range(size)]
-    codes = [wait(child) for child in children]
-    failures = sorted(folder.glob("failure*"), key=lambda file: file.stat().st_mtime_ns)
-    assert sum(map(bool, codes)) == len(failures), f"ranks ended with {codes}"
-    return failures
+    children = {rank: fork(lambda rank=rank: member(rank), folder / f"failure{rank}") for rank in range(size)}
+    codes = wait_for_all(children, DEADLINE_S)
+    for rank, number in ((rank, -code) for rank, code in codes.items() if code < 0):
+        why = "hung, or waited for a rank that had failed" if number == signal.SIGKILL else f"died of signal {number}"
+        (folder / f"failure{rank}").write_text(f"rank {rank} {why}\n")
+    return sorted(folder.glob("failure*"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def wait_for_all(children: dict[int, int], deadline: float) -> dict[int, int]:
+    """Rank -> exit status of its process; -9 for those that did not end in time, or not soon after a peer's failure."""
+    codes: dict[int, int] = {}
+    end = time.monotonic() + deadline
+    while len(codes) < len(children) and time.monotonic() < end:
+        for rank, child in children.items():
+            if rank not in codes and (found := os.waitpid(child, os.WNOHANG))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(found[1])
+                end = min(end, time.monotonic() + GRACE_S) if codes[rank] else end
+        time.sleep(0.001)
+    for rank in children.keys() - codes.keys():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(children[rank], signal.SIGKILL)
+        os.waitpid(children[rank], 0)
+        codes[rank] = -signal.SIGKILL
+    return codes

@@ -83,7 +83,7 @@ def test_a_refused_step_moves_no_bias(trainer, monkeypatch):
     run = trainer()
     run.train_step()
     before = biases(run)
-    monkeypatch.setattr("nemohybrid.train.trainer.gradient_norm", lambda _: torch.tensor(torch.nan))
+    monkeypatch.setattr("nemohybrid.train.trainer.gradient_norm", lambda *_: torch.tensor(torch.nan))
     with pytest.raises(TrainingError):
         run.train_step()
     assert all(torch.equal(*pair) for pair in zip(before, biases(run), strict=True))

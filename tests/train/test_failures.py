@@ -65,7 +65,7 @@ def test_a_complete_run_says_so_and_changes_nothing(command, tmp_path, capfd, ke
     ],
     ids=["python", "cuda", "cpu", "cpu on windows", "cublas"],
 )
-@pytest.mark.parametrize("where", ["HybridModel.create", "compute_gradients"], ids=["building", "step"])
+@pytest.mark.parametrize("where", ["build_model", "compute_gradients"], ids=["building", "step"])
 def test_running_out_of_memory_is_told_with_an_estimate_and_what_to_change(command, monkeypatch, capfd, where, error):
     def fails(*_):
         raise error
@@ -99,7 +99,7 @@ def test_an_allocation_that_the_system_refuses_is_told_the_same_way(command, run
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_built(command, monkeypatch, capfd, tmp_path):
     monkeypatch.setattr("nemohybrid.plan.memory.available_memory", lambda _: 1000)
-    monkeypatch.setattr("nemohybrid.train.trainer.HybridModel.create", lambda *_: 1 / 0)
+    monkeypatch.setattr("nemohybrid.train.trainer.build_model", lambda *_: 1 / 0)
     assert command() == 1
     assert "the model does not fit" in capfd.readouterr().err
     assert names(tmp_path / "run") == ["lock"]

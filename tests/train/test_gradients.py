@@ -88,11 +88,11 @@ def test_recompute_keeps_fewer_activations(model, batch):
 def test_a_step_without_gradient_shrinks_the_matrices_alone(model, configure):
     """With Adam's moments at zero, weight decay is all that moves a weight: w (1 - lr * decay)."""
     config = configure("optim.lr=0.1", "optim.weight_decay=0.5")
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model.parameters(), config.optim)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    update(model, optimizer, clip=1.0, norm=torch.tensor(0.0))
+    update(model.parameters(), optimizer, clip=1.0, norm=torch.tensor(0.0))
     for name, parameter in model.named_parameters():
         decayed = len(layout_of(parameter).shape) > 1
         assert decayed == (parameter.dim() > 1), f"{name} is decayed by another shape than its own"
@@ -106,14 +106,14 @@ def test_a_step_without_gradient_shrinks_the_matrices_alone(model, configure):
 def test_clipping_scales_to_the_limit_by_the_norm_before(model, batch, monkeypatch, limit):
     gradients(model, batch, 4)
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
-    optimizer = build_optimizer(model, OptimSection())
+    optimizer = build_optimizer(model.parameters(), OptimSection())
     seen = {}
     monkeypatch.setattr(
         optimizer, "step", lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     )
     measured = gradient_norm(model.parameters())
     assert measured.item() == pytest.approx(norm, rel=1e-5)
-    update(model, optimizer, limit, measured)
+    update(model.parameters(), optimizer, limit, measured)
     clipped = torch.cat([g.flatten() for g in seen.values()]).norm().item()
     assert clipped == pytest.approx(min(limit, norm), rel=1e-4)
     assert all(p.grad is None for p in model.parameters()), "gradients would add up over steps"

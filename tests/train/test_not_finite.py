@@ -112,7 +112,7 @@ def test_the_command_ends_with_status_one_and_goes_on_from_the_last_checkpoint(c
 
 def test_a_norm_that_overflows_though_no_gradient_does_is_told_as_such(configure, monkeypatch):
     trainer = Trainer(configure("optim.clip_grad_norm=null"), ParallelContext.single(), [])
-    monkeypatch.setattr("nemohybrid.train.trainer.gradient_norm", lambda _: torch.tensor(float("inf")))
+    monkeypatch.setattr("nemohybrid.train.trainer.gradient_norm", lambda *_: torch.tensor(float("inf")))
     with pytest.raises(TrainingError, match="none when the step is repeated: only a sum over all of them overflows"):
         trainer.train_step()
     assert trainer.step == 0
@@ -139,7 +139,7 @@ def test_what_only_one_rank_sees_stops_all_at_once(configure, run_ranks, monkeyp
         real = trainer_module.gradient_norm
         bad = torch.tensor(float("nan"))
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module, "gradient_norm", lambda p: bad if context.rank == 1 else real(p))
+            patch.setattr(trainer_module, "gradient_norm", lambda *p: bad if context.rank == 1 else real(*p))
             run(config, context)
 
     for rank, failure in enumerate(run_ranks(broken)):

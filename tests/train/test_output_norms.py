@@ -57,14 +57,14 @@ def test_the_numbers_are_root_mean_squares_of_what_the_projections_return(tiny_m
     norms.attach()
     model(ids)
     seen = norms.read(Group())
-    x = model.embedding.embed(ids.flatten())
+    x = model.embedding.embed(ids, model.dtype, SequenceContext(2, 9))
     for layer in model.layers[:2]:
         x = layer(x, SequenceContext(2, 9))
     mlp = model.layers[2]
     want = mlp.mixer.fc1(mlp.norm(x)).double().square().mean().sqrt().item()
     assert seen["mlp.fc1"] == pytest.approx([want], rel=1e-3)
     first = model.layers[0]
-    B = first.mixer.in_proj(first.norm(model.embedding.embed(ids.flatten())))[:, 48:58]
+    B = first.mixer.in_proj(first.norm(model.embedding.embed(ids, model.dtype, SequenceContext(2, 9))))[:, 48:58]
     assert seen["mamba2.in_proj.B"] == pytest.approx([B.double().square().mean().sqrt().item()], rel=1e-3)
 
 

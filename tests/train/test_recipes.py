@@ -49,7 +49,7 @@ VECTORS = ("A_log", "D", "dt_bias", "norm.weight", ".bias")
 def test_weight_decay_spares_vectors_and_nothing_else(tiny_config):
     changes = {"linear_bias": True, "moe_latent_size": 8, "conv_kernel": 4}
     model = HybridModel.create(tiny_config("M*-E/*E", **changes))
-    groups = build_optimizer(model, OptimSection(weight_decay=0.1)).param_groups
+    groups = build_optimizer(model.parameters(), OptimSection(weight_decay=0.1)).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     names: dict[str, float] = {}
     for name, parameter in model.named_parameters():

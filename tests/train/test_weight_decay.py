@@ -32,7 +32,7 @@ def test_matrices_decay_and_vectors_do_not():
     ]
     config = load_config(["model=tiny_latent_mtp", *words, "model.mamba_bc_norm=true", "data=shakespeare"])
     model = HybridModel(config.model)
-    groups = build_optimizer(model, config.optim).param_groups
+    groups = build_optimizer(model.parameters(), config.optim).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         never, always = (any(fnmatch.fnmatch(name, each) for each in names) for names in (NEVER, ALWAYS))

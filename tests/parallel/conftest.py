@@ -1,0 +1,7 @@
+"""Slow imports, once, before ranks are forked."""
+
+import torch.distributed._functional_collectives
+import torch.distributed.checkpoint
+import torch.distributed.device_mesh
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401

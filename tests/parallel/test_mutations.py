@@ -1,0 +1,241 @@
+"""Faults of the kind that train silently wrong are planted one by one; the proof must see each.
+
+A fault that survives makes this file red: then `test_parity.py` proves less than it says.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layouts import Layout, compare
+
+import nemohybrid.parallel.data as data
+import nemohybrid.parallel.gradients as gradients
+import nemohybrid.parallel.layout as layouts
+import nemohybrid.train.balance as balance
+import nemohybrid.train.parity as parity
+from nemohybrid.model import embedding
+from nemohybrid.model.linear import Linear
+from nemohybrid.model.mamba2 import CausalConv
+from nemohybrid.model.moe.balance import RouterLosses, Rows
+from nemohybrid.parallel.collectives import gathered, own_part, summed, summed_part
+from nemohybrid.parallel.tensor import TensorRanks, _exchange
+
+TP2, TP2_SP, TP4 = Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(tensor=4)
+DP2, FULL2 = Layout(data=2), Layout(data=2, shard=2)
+
+FAULTS = {}
+
+
+def fault(layout: Layout, model: str = "every_option"):
+    """A function that plants a fault in the process that calls it, and the layout under which it must be seen."""
+
+    def register(plant):
+        FAULTS[plant.__name__] = (plant, layout, model)
+        return plant
+
+    return register
+
+
+@fault(TP2)
+def gradients_of_a_shared_region_are_not_summed():
+    TensorRanks.enter = lambda self, x: x
+
+
+@fault(TP2)
+def gradients_are_doubled_on_the_way_into_a_region():
+    TensorRanks.leave = lambda self, x: _exchange(x, self.group, summed, summed)
+
+
+@fault(TP2_SP)
+def gathered_tokens_get_their_own_gradient_alone():
+    TensorRanks.enter = lambda self, x: _exchange(x, self.group, gathered, own_part)
+
+
+@fault(TP2_SP)
+def tokens_leave_to_the_neighbour():
+    def other_part(x, group):
+        return summed_part(x.roll(x.shape[0] // 2, 0), group)
+
+    TensorRanks.leave = lambda self, x: _exchange(x, self.group, other_part, gathered)
+
+
+@fault(TP2_SP)
+def the_gradient_of_a_norm_on_the_stream_is_not_summed():
+    gradients.is_partial = lambda layout, context: layout.shard is None and layout.partial == "always"
+
+
+@fault(TP2)
+def the_gradient_of_a_norm_of_heads_is_not_summed():
+    gradients.is_partial = lambda layout, context: False
+
+
+@fault(TP2)
+def gradients_that_are_whole_are_summed():
+    gradients.is_partial = lambda layout, context: layout.shard is None
+
+
+@fault(TP4)
+def copies_of_key_value_heads_drift_apart():
+    gradients.Box.copies = property(lambda box: 1, lambda box, value: None)
+
+
+@fault(Layout(tensor=2, data=2, sequence=True))
+def partial_gradients_are_summed_over_the_wrong_group():
+    real = gradients.sum_partial_gradients
+    data.sum_partial_gradients = lambda parameters, context: real(parameters, replace(context, tensor=context.data))
+
+
+@fault(TP2)
+def every_copy_counts_in_the_norm():
+    gradients._owned = lambda parameter, context: [parameter.grad]
+
+
+@fault(FULL2)
+def the_norm_of_a_part_is_taken_for_the_whole():
+    real = gradients.gradient_norm
+    parity.gradient_norm = lambda parameters, context: real(parameters, None)
+
+
+@fault(TP2)
+def a_shard_is_that_of_the_neighbour():
+    from nemohybrid.model import init
+
+    real = init.draw
+
+    def shifted(box, target, seed, name):
+        rows = box.piece.shape[0]
+        other = (box.offsets[0] + rows // 2) % rows if box.shape[0] * 2 == rows else box.offsets[0]
+        real(replace(box, offsets=(other, *box.offsets[1:])), target, seed, name)
+
+    init.draw = shifted
+
+
+@fault(TP2)
+def a_shard_is_loaded_into_the_wrong_piece():
+    from nemohybrid.model import init
+
+    real = init.logical_name
+    init.logical_name = lambda name, piece: real(name, piece).replace("in_proj.B", "in_proj.C")
+
+
+@fault(TP2, "latent")
+def gate_and_up_are_cut_as_one():
+    layouts.Shard.blocks = property(lambda shard: 1, lambda shard, value: None)
+
+
+@fault(TP2)
+def a_row_bias_is_added_by_every_rank():
+    Linear.carries_bias = property(lambda self: True, lambda self, value: None)
+
+
+@fault(TP2)
+def the_loss_knows_its_own_largest_logit_alone():
+    embedding.largest_over = lambda tensor, group: tensor
+
+
+@fault(TP2)
+def labels_of_the_other_rank_count_as_column_zero():
+    import nemohybrid_kernels.cross_entropy.columns as columns
+
+    columns._own_column = lambda labels, first, n: ((labels - first).clamp(0, n - 1), torch.ones_like(labels).bool())
+
+
+@fault(TP2_SP)
+def the_balance_of_a_row_is_judged_by_its_own_tokens():
+    real = RouterLosses.arrived
+
+    def alone(self, probabilities, z, counted):
+        loads, choices, shares, _ = counted
+        return real(self, probabilities, z, (loads, choices, shares, TensorRanks()))
+
+    RouterLosses.arrived = alone
+
+
+@fault(TP2_SP, "latent")
+def tokens_count_for_the_wrong_row():
+    Rows.length = property(lambda rows: rows.tokens // rows.count // 2)
+
+
+@fault(TP2_SP)
+def the_router_bias_follows_the_load_of_its_own_rank():
+    balance.sum_over = lambda tensor, group: tensor
+
+
+@fault(TP2)
+def a_state_leaks_across_a_document():
+    real = CausalConv.forward
+    CausalConv.forward = lambda self, x, ids, past: real(self, x, None, past)
+
+
+@fault(FULL2)
+def fsdp_takes_means_for_sums():
+    from torch.distributed.fsdp import FSDPModule
+
+    FSDPModule.set_gradient_divide_factor = lambda self, factor: None
+
+
+@fault(DP2)
+def gradients_of_the_last_microbatch_alone_count():
+    real = data.Replicated.microbatch
+
+    def forgetful(self, last):
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return real(self, last)
+
+    data.Replicated.microbatch = forgetful
+
+
+@fault(FULL2)
+def microbatches_but_the_last_are_not_sent():
+    real = data.Sharded.microbatch
+
+    def forgetful(self, last):
+        for group in (
+            g
+            for module in self.model.modules()
+            if hasattr(module, "_get_fsdp_state")
+            for g in module._get_fsdp_state()._fsdp_param_groups
+        ):
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+        return real(self, last)
+
+    data.Sharded.microbatch = forgetful
+
+
+@fault(DP2)
+def data_ranks_train_on_the_same_rows():
+    parity.share_of = lambda batch, context: next(batch.split(batch.tokens.shape[0] // 2))
+
+
+@fault(DP2)
+def gradients_are_not_summed_over_data_ranks():
+    data.sum_gradients = lambda parameters, group: None
+
+
+@fault(Layout(data=4, shard=2, mode="hybrid"))
+def copies_of_hsdp_train_apart():
+    real = torch.distributed.all_reduce
+
+    def between_others(tensor, *args, **kwargs):
+        group = kwargs.get("group")
+        return None if group is not None and group.size() == 2 and tensor.numel() > 1 else real(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = between_others
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_proof_sees_a_planted_fault(name):
+    plant, layout, model = FAULTS[name]
+    comparison = compare(layout, model, steps=2, before=plant)
+    assert comparison.faults(1e-4), f"nobody saw that {name.replace('_', ' ')}"
+    assert not comparison.failure, f"a fault that crashes is no silent one: {comparison.failure}"
+
+
+def test_without_a_fault_the_same_comparison_finds_nothing():
+    for layout in (TP2, TP2_SP, FULL2):
+        assert compare(layout, steps=2).faults(1e-4) == []

@@ -1,0 +1,213 @@
+"""A run that is resumed under other layouts is the run of one rank; what is loaded is what was saved, to the last bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint
+import torch.distributed.device_mesh
+import torch.distributed.fsdp
+import torch.distributed.tensor
+from forked import run_world
+from layouts import Layout
+
+from nemohybrid.checkpoint import load_checkpoint, read_metadata, read_state, save_checkpoint
+from nemohybrid.config.compose import load_config
+from nemohybrid.observe.metrics import read_metrics
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.layout import Parts
+from nemohybrid.train.optimizer import start_state
+from nemohybrid.train.random_streams import RandomStreams
+from nemohybrid.train.run import run
+from nemohybrid.train.state import run_tensors
+from nemohybrid.train.trainer import Trainer
+
+MODEL = [
+    'model.pattern="M*E-/*E"',
+    "model.num_attention_heads=8",
+    "model.mamba_num_groups=4",
+    "model.num_experts=4",
+    "model.vocab_size=259",
+    "train.microbatch=1",
+    "train.evaluate_every=3",
+    "checkpoint.keep=9",
+    "optim.eps=1e-4",
+]
+
+CHAIN = [
+    Layout(tensor=2, sequence=True),
+    Layout(data=4, shard=4),
+    Layout(tensor=4),
+    Layout(data=4, shard=2, mode="hybrid"),
+    Layout(tensor=2, data=2, shard=2, sequence=True),
+    Layout(),
+    Layout(data=2, shard=2, mode="shard_grad"),
+]
+"""One step each; every layout resumes what the one before it saved."""
+
+
+def overrides(layout: Layout) -> list[str]:
+    mode = layout.mode if layout.shard > 1 else "replicate"
+    words = [f"parallel.tensor={layout.tensor}", f"parallel.sequence={layout.sequence}", f"parallel.data_mode={mode}"]
+    return words + ([f"parallel.data_shard={layout.shard}"] if mode == "hybrid" else [])
+
+
+@pytest.fixture
+def under(tiny_run, tmp_path_factory):
+    """`under(layout, action, *overrides)`: action(config, context) on the ranks of a layout, or here for a single one."""
+
+    def act(layout: Layout, action, *words: str) -> None:
+        config = load_config([*tiny_run, *MODEL, *overrides(layout), *words], layout.ranks)
+        if layout.ranks == 1:
+            action(config, ParallelContext.single())
+            return
+        failures = run_world(
+            layout.ranks, lambda rank: action(config, layout.of_this_rank()), tmp_path_factory.mktemp("world")
+        )
+        assert not failures, f"{layout} {failures[0].name}:\n{failures[0].read_text()}"
+
+    return act
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
+
+
+def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint but random states, assembled."""
+    records = {n: r for n, r in read_metadata(checkpoint).items() if not n.startswith("random.")}
+    tensors = {name: torch.empty(record.shape, dtype=record.dtype) for name, record in records.items()}
+    load_checkpoint(checkpoint, tensors, allow_unexpected=("random.",))
+    return tensors
+
+
+def assert_same(first: Path, second: Path) -> None:
+    got, wanted = whole(second), whole(first)
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(got[name], tensor), f"{name} changed between {first} and {second}"
+
+
+def reload_and_save(folder: Path, copy: Path, misplaced=lambda held: held):
+    """Load the newest checkpoint of a run under a layout and write down what every rank has then."""
+
+    def action(config, context) -> None:
+        trainer = Trainer(config, context, [])
+        start_state(trainer.optimizer, 0)
+        held = run_tensors(trainer.model, trainer.optimizer, trainer.parameters)
+        path = max((folder / "checkpoints").glob("step_*"))
+        load_checkpoint(path, misplaced(held), allow_unexpected=("random.",))
+        save_checkpoint(copy, 1, held, {})
+
+    return action
+
+
+def test_every_layout_goes_on_where_another_ended(under, tmp_path):
+    steps = len(CHAIN)
+    one, chain = tmp_path / "one", tmp_path / "chain"
+    under(Layout(), run, f"run.dir={one}", f"train.steps={steps}")
+    for step, layout in enumerate(CHAIN, 1):
+        if step > 1:
+            under(layout, reload_and_save(chain, tmp_path / f"copy{step}"), f"run.dir={tmp_path}/unused{step}")
+            newest = chain / "checkpoints" / f"step_{step - 1:08d}"
+            assert_same(newest, tmp_path / f"copy{step}" / "step_00000001")
+        under(layout, run, f"run.dir={chain}", f"train.steps={steps}", f"train.stop_at={step}")
+    assert losses(chain).keys() == losses(one).keys() == set(range(1, steps + 1))
+    for step, loss in losses(one).items():
+        assert losses(chain)[step] == pytest.approx(loss, rel=1e-5), f"step {step} under {CHAIN[step - 1]}"
+    last = f"checkpoints/step_{steps:08d}"
+    got, wanted = whole(chain / last), whole(one / last)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert any(name.endswith("expert_bias") and tensor.any() for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2, sequence=True), Layout(data=2, shard=2)], ids=str)
+def test_the_same_layout_twice_is_bitwise_the_same_and_so_is_a_resume(layout, under, tmp_path):
+    under(layout, run, f"run.dir={tmp_path}/first", "train.steps=4")
+    under(layout, run, f"run.dir={tmp_path}/second", "train.steps=4", "train.stop_at=2")
+    under(layout, run, f"run.dir={tmp_path}/second", "train.steps=4")
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert_same(tmp_path / "first/checkpoints/step_00000004", tmp_path / "second/checkpoints/step_00000004")
+
+
+def draws_after_resume(under, tmp_path: Path) -> None:
+    """Every rank draws after a resume what it would have drawn without one, and no two places draw the same."""
+    layout = Layout(tensor=2, data=2, sequence=True)
+
+    def save(config, context) -> None:
+        trainer = Trainer(config, context, [])
+        trainer.checkpoints.random.start()
+        torch.rand(5 + context.rank)
+        start_state(trainer.optimizer, 0)
+        trainer.step = 1
+        trainer.save()
+        (tmp_path / f"drawn{context.rank}").write_text(str(torch.rand(3).tolist()))
+
+    def resume(config, context) -> None:
+        trainer = Trainer(config, context, [])
+        trainer.resume()
+        assert str(torch.rand(3).tolist()) == (tmp_path / f"drawn{context.rank}").read_text(), "another rank's numbers"
+
+    under(layout, save)
+    assert len({file.read_text() for file in tmp_path.glob("drawn*")}) == layout.ranks
+    under(layout, resume)
+
+
+def test_random_numbers_go_on_for_every_rank(under, tmp_path):
+    draws_after_resume(under, tmp_path)
+
+
+def test_the_test_of_random_numbers_sees_a_wrong_rank_restored(under, tmp_path, monkeypatch):
+    """A planted fault: data ranks are not told apart, so that all get the state of the first."""
+    monkeypatch.setattr(RandomStreams, "place", property(lambda self: f"tensor{self.context.tensor.rank:05d}"))
+    with pytest.raises(AssertionError, match="another rank's numbers"):
+        draws_after_resume(under, tmp_path)
+
+
+def test_the_test_of_resharding_sees_a_shard_in_the_wrong_place(under, tmp_path):
+    """A planted fault: every tensor is loaded one row further down than it lies."""
+    under(Layout(), run, f"run.dir={tmp_path}/one", "train.steps=1")
+
+    def misplaced(held: dict) -> dict:
+        def moved(offsets: tuple[int, ...], rows: int, whole: int) -> tuple[int, ...]:
+            return ((offsets[0] + 1) % (whole - rows + 1), *offsets[1:])
+
+        return {
+            name: Parts(part.shape, tuple((moved(o, len(v), part.shape[0]), v) for o, v in part.boxes))
+            if isinstance(part, Parts)
+            else part
+            for name, part in held.items()
+        }
+
+    action = reload_and_save(tmp_path / "one", tmp_path / "copy", misplaced)
+    under(Layout(data=2, shard=2), action, f"run.dir={tmp_path}/unused")
+    with pytest.raises(AssertionError, match="changed between"):
+        assert_same(tmp_path / "one/checkpoints/step_00000001", tmp_path / "copy/step_00000001")
+
+
+def test_random_streams_are_seeded_anew_under_another_layout(under, tmp_path):
+    under(Layout(data=2), run, f"run.dir={tmp_path}/run", "train.steps=2", "train.stop_at=1")
+    path = tmp_path / "run/checkpoints/step_00000001"
+    assert read_state(path)["layout"] == {"data": 2, "tensor": 1, "sequence": 0}
+
+    def resume(config, context) -> None:
+        Trainer(config, context, []).resume()
+        drawn = torch.rand(2)
+        RandomStreams(context, config.run.seed).start(1)
+        assert torch.equal(drawn, torch.rand(2))
+
+    under(Layout(tensor=2), resume, f"run.dir={tmp_path}/run", "train.steps=2")
+
+
+def test_tensor_ranks_that_hold_the_same_tokens_draw_the_same_numbers(under, tmp_path):
+    def draw(config, context) -> None:
+        RandomStreams(context, config.run.seed).start()
+        name = f"{config.parallel.sequence}{context.data.rank}{context.tensor.rank}"
+        (tmp_path / name).write_text(str(torch.rand(2).tolist()))
+
+    for sequence in (False, True):
+        under(Layout(tensor=2, data=2, sequence=sequence), draw)
+    drawn = {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+    assert drawn["False00"] == drawn["False01"] != drawn["False10"] == drawn["False11"]
+    assert len({text for name, text in drawn.items() if name.startswith("True")}) == 4
