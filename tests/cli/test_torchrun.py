@@ -11,8 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(fresh, *arguments: str):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nemohybrid", "train")
+def torchrun(fresh, *arguments: str, ranks: int = 2):
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "nemohybrid",
+        "train",
+    )
     return fresh(*launcher, *arguments)
 
 
@@ -26,6 +35,32 @@ def test_torchrun_trains_on_two_ranks_and_only_rank_zero_speaks_and_writes(fresh
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     saved = {path.name for path in (empty_folder / "run" / "checkpoints").iterdir()}
     assert saved == {"step_00000002"}
+
+
+def test_four_ranks_share_a_model_that_one_then_writes_with_exports_and_trains_on(
+    fresh, nemohybrid, small, empty_folder
+):
+    """The whole way: tensor 2 x full_shard 2 with experts and MTP, then everything that one process does with the result."""
+    model = ['model.pattern="M*E/*"', "model.num_experts=4", "model.num_attention_heads=4"]
+    words = [*small, *model, "run.dir=run", "train.global_batch=4", "train.microbatch=1", "train.steps=4"]
+    sharing = [
+        "parallel.tensor=2",
+        "parallel.data_mode=full_shard",
+        "sample.prompts=[ROMEO]",
+        "sample.max_new_tokens=4",
+    ]
+    done = torchrun(fresh, *words, *sharing, "train.stop_at=2", ranks=4)
+    assert done.returncode == 0, done.stderr
+    assert "on 4 x cpu (tensor 2 with sequence parallelism, data 2 full_shard over 2)" in done.stdout
+    assert done.stdout.count("----- sample 1 -----\nROMEO") == 1
+    code, text, told = nemohybrid("generate", "--checkpoint", "run", "--prompt", "ROMEO", "--max-new-tokens", "3")
+    assert (code, text[:5]) == (0, "ROMEO"), told
+    assert nemohybrid("export-hf", "--checkpoint", "run", "--output", "hf")[0] == 0
+    assert nemohybrid("import-hf", "--input", "hf", "--output", "back")[0] == 0
+    code, _, told = nemohybrid("train", *words)
+    assert code == 0, told
+    lines = (empty_folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if "loss" in r] == [1, 2, 3, 4]
 
 
 def test_a_sweep_under_torchrun_is_refused_with_the_reason(fresh, small, empty_folder):

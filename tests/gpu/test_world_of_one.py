@@ -6,16 +6,21 @@
 import datetime
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from nemohybrid.checkpoint.world import World
+from nemohybrid.model.hybrid import DTYPES, HybridModel
 from nemohybrid.parallel.collectives import gather_bytes, sum_over
 from nemohybrid.parallel.context import Group, ParallelContext, choose_device
+from nemohybrid.parallel.data import Sharded
+from nemohybrid.train.parity import share_of, synthetic_batch
 from nemohybrid.train.run import run
 from nemohybrid.train.state import run_tensors
+from nemohybrid.train.step import compute_gradients
 
 
 @pytest.fixture
@@ -60,3 +65,24 @@ def test_a_run_in_a_process_group_of_one_is_the_run_without_it(context, configur
     with_group, without = trained(context, "group"), trained(ParallelContext.single(context.device), "single")
     different = [name for name, tensor in without.items() if not torch.equal(with_group[name], tensor)]
     assert not different, f"these tensors differ: {different}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_fsdp_holds_gets_the_gradients_of_a_plain_one(context, configure, dtype):
+    """One rank has nothing to cut, but gathers, casts, streams and hooks are those of many. Two microbatches."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    config = configure(context.device.type, "model=tiny_latent_mtp", f"model.dtype={dtype}")
+    batch = share_of(synthetic_batch(config, 0), context)
+    plain = HybridModel.create(config.model, 1, context)
+    wanted = compute_gradients(plain, batch, 2, context)
+    with torch.device("meta"):
+        model = HybridModel(config.model, context)
+    meshed = replace(context, mesh=init_device_mesh(context.device.type, (1,)))
+    shared = Sharded(model, meshed, model.sharding_units(), entry="hidden_states", dtype=DTYPES[dtype])
+    model.materialize(context.device, 1)
+    losses = compute_gradients(model, batch, 2, context, shared)
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)
+    for name, parameter in plain.named_parameters():
+        got, scale = shared.parameters[name].grad, parameter.grad.abs().max()
+        assert (got - parameter.grad).abs().max() <= (1e-5 if dtype == "float32" else 2e-2) * scale, name

@@ -82,7 +82,7 @@ def test_the_arguments_of_super_give_its_recipe(translated):
         ("train-samples: 12207031", f"train-samples: {993_411 * 3072}"),
         ("lr-decay-samples: 3048706055", "lr-decay-samples: 3051757813"),
     )
-    ours = load_config([*override_words(now), "data=shakespeare", "data.sequence_length=8192"])
+    ours = load_config([*override_words(now), "data=shakespeare", "data.sequence_length=8192"], world_size=2)
     recipe = load_config(["experiment=nemotron3_super", "data=shakespeare", "data.sequence_length=8192"])
     ours_model, recipe_model = ours.model.as_dict(), recipe.model.as_dict()
     for values in (ours_model, recipe_model):
@@ -114,8 +114,9 @@ def test_every_argument_of_super_is_translated_or_named():
     assert [g.shown for g in silent] == []
     assert remarks(now, UNKNOWN) == ""
     assert remarks(now, CONTRADICTION) == ""
-    for flag in ("--fp8-recipe mxfp8", "--tensor-model-parallel-size 2", "--expert-model-parallel-size 64"):
+    for flag in ("--fp8-recipe mxfp8", "--expert-model-parallel-size 64"):
         assert flag in remarks(now, NO_COUNTERPART), flag
+    assert (now.overrides["parallel.tensor"], now.overrides["parallel.sequence"]) == (2, True)
     assert "data.train" in remarks(now, TO_GIVE)
     assert "model.norm_epsilon=1e-05" in remarks(now, DEFAULT)
 
@@ -153,7 +154,7 @@ def test_a_script_is_read_without_being_run():
     assert (values["data.split"], values["train.evaluate_every"]) == ([99.0, 1.0, 0.0], 100)
     assert "--seq-length $((8 * 1024))" in remarks(now, TO_GIVE), "arithmetic is not computed, so it has to be given"
     assert "$EXTRA_ARGS" in remarks(now, TO_GIVE)
-    assert "--nproc-per-node" not in as_command(now), "an option of the launcher, not of Megatron-LM"
+    assert as_command(now).count("--nproc-per-node") == 1, "that of ours, not the script's"
 
 
 def test_a_dump_of_a_bridge_recipe_is_read_by_section():
@@ -189,9 +190,11 @@ ALL = sorted(file.name for file in FIXTURES.iterdir() if file.suffix != ".md")
 @pytest.mark.parametrize("published", ALL, indirect=True)
 def test_what_is_printed_is_a_command_and_an_experiment_that_compose(published, tmp_path, monkeypatch, capsys):
     assert main(["from-megatron", str(published)]) == 0
-    command, *words = shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)
-    assert (command, words[0]) == ("nemohybrid", "train")
-    pasted = load_config(words[1:])
+    words = shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)
+    launcher, overrides = words[: words.index("train")], words[words.index("train") + 1 :]
+    ranks = int(launcher[launcher.index("--nproc-per-node") + 1]) if "torchrun" in launcher else 1
+    assert launcher[-1] == "nemohybrid"
+    pasted = load_config(overrides, ranks)
 
     assert main(["from-megatron", str(published), "--yaml"]) == 0
     configs = tmp_path / "configs"
@@ -199,7 +202,7 @@ def test_what_is_printed_is_a_command_and_an_experiment_that_compose(published, 
     (configs / "experiment" / "mine.yaml").write_text(capsys.readouterr().out)
     for module in ("compose", "groups"):
         monkeypatch.setattr(f"nemohybrid.config.{module}.configs_dir", lambda: configs)
-    assert load_config(["experiment=mine"]).as_dict() == pasted.as_dict()
+    assert load_config(["experiment=mine"], ranks).as_dict() == pasted.as_dict()
 
 
 # --- single arguments ------------------------------------------------------------------------------------------------

@@ -188,20 +188,13 @@ def gradients_of_the_last_microbatch_alone_count():
 
 
 @fault(FULL2)
-def microbatches_but_the_last_are_not_sent():
+def microbatches_but_the_last_are_not_kept():
     real = data.Sharded.microbatch
 
     def forgetful(self, last):
-        for group in (
-            g
-            for module in self.model.modules()
-            if hasattr(module, "_get_fsdp_state")
-            for g in module._get_fsdp_state()._fsdp_param_groups
-        ):
-            for parameter in group.fsdp_params:
-                parameter.unsharded_accumulated_grad = None
-                if hasattr(parameter, "_unsharded_param"):
-                    parameter._unsharded_param.grad = None
+        self.reduce_every_microbatch = True
+        for parameter in self.model.parameters():
+            parameter.grad = None
         return real(self, last)
 
     data.Sharded.microbatch = forgetful

@@ -16,6 +16,7 @@ LAYOUTS = [
     Layout(data=2),
     Layout(data=4, shard=4),
     Layout(data=4, shard=4, mode="shard_grad"),
+    Layout(data=2, shard=2, every=True),
     Layout(data=4, shard=2, mode="hybrid"),
     Layout(tensor=2, data=2, shard=2),
     Layout(tensor=2, data=2, sequence=True),

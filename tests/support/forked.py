@@ -54,11 +54,14 @@ def run_world(size: int, action: Callable[[int], object], folder: Path) -> list[
     """
 
     def member(rank: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        store = dist.FileStore(f"{folder}/store", size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         dist.barrier()
         action(rank)
         dist.barrier()  # a rank that leaves early makes its peers fail
-        dist.destroy_process_group()
+        store.add("passed", 1)
+        while store.add("passed", 0) < size:  # and one whose sockets close while a peer still reads the barrier's last words
+            time.sleep(0.001)
 
     children = {rank: fork(lambda rank=rank: member(rank), folder / f"failure{rank}") for rank in range(size)}
     codes = wait_for_all(children, DEADLINE_S)

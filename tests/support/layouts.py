@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from nemohybrid.config.derive import derive_sizes
 from nemohybrid.config.model import AttentionConfig, ModelConfig, MTPConfig, RouterConfig
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.parallel.context import ParallelContext, divide
-from nemohybrid.train.parity import Difference, Observation, difference, joined, observe
+from nemohybrid.train.parity import Difference, Observation, decoded, difference, encoded, joined, observe
 
 SIZES = {
     "hidden_size": 24,
@@ -99,6 +99,7 @@ class Layout:
     shard: int = 1
     sequence: bool = False
     mode: str = "full_shard"
+    every: bool = False  # gradients are summed after every microbatch
 
     @property
     def ranks(self) -> int:
@@ -111,11 +112,12 @@ class Layout:
     def configured(self, config: RunConfig) -> RunConfig:
         mode = self.mode if self.shard > 1 else "replicate"
         names = {"tensor": self.tensor, "sequence": self.sequence, "data_mode": mode}
+        names["reduce_every_microbatch"] = self.every
         return replace(config, parallel=replace(config.parallel, **names))
 
     def __str__(self) -> str:
         tensor = f"TP{self.tensor}{'+SP' if self.sequence else ''}" if self.tensor > 1 else ""
-        cut = f"{self.mode}{self.shard}" if self.shard > 1 else ""
+        cut = f"{self.mode}{self.shard}{'-every' if self.every else ''}" if self.shard > 1 else ""
         copies = f"DP{self.data // self.shard}" if self.data > self.shard else ""
         return "-".join(filter(None, (tensor, cut, copies))) or "one"
 
@@ -180,12 +182,3 @@ def against(seen: Observation, reference: Observation) -> tuple[float, float]:
     losses, wanted = torch.tensor(seen.losses), torch.tensor(reference.losses)
     norms, wanted_norms = torch.tensor(seen.norms), torch.tensor(reference.norms)
     return ((losses / wanted - 1).abs().max().item(), (norms / wanted_norms - 1).abs().max().item())
-
-
-def encoded(one: Difference) -> dict:
-    return asdict(one) | {"covered": sorted(one.covered)}
-
-
-def decoded(values: dict) -> Difference:
-    boxes = frozenset((tuple(offsets), tuple(shape)) for offsets, shape in values["covered"])
-    return Difference(**(values | {"covered": boxes, "shape": tuple(values["shape"])}))

@@ -78,7 +78,7 @@ def test_every_gradient_of_two_ranks_equals_that_of_one(configure, run_ranks, tm
 
 
 def test_gradients_are_summed_alike_in_any_bucket_size(run_ranks, monkeypatch):
-    monkeypatch.setattr(gradients, "_BUCKET_ELEMENTS", 10)
+    monkeypatch.setattr(gradients, "BUCKET_ELEMENTS", 10)
 
     def check(context: ParallelContext) -> None:
         parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 9, 40, 1)]

@@ -19,7 +19,7 @@ from nemohybrid.parallel.layout import Parts
 from nemohybrid.train.optimizer import start_state
 from nemohybrid.train.random_streams import RandomStreams
 from nemohybrid.train.run import run
-from nemohybrid.train.state import run_tensors
+from nemohybrid.train.state import model_tensors, run_tensors
 from nemohybrid.train.trainer import Trainer
 
 MODEL = [
@@ -69,8 +69,11 @@ def under(tiny_run, tmp_path_factory):
     return act
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
+def losses(folder: Path) -> dict[int | str, float]:
+    """Of every step, and of every evaluation."""
+    records = list(read_metrics(folder / "metrics.jsonl"))
+    scores: dict[int | str, float] = {f"score {r['step']}": r["val_loss"] for r in records if "val_loss" in r}
+    return scores | {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
 def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -112,9 +115,10 @@ def test_every_layout_goes_on_where_another_ended(under, tmp_path):
             newest = chain / "checkpoints" / f"step_{step - 1:08d}"
             assert_same(newest, tmp_path / f"copy{step}" / "step_00000001")
         under(layout, run, f"run.dir={chain}", f"train.steps={steps}", f"train.stop_at={step}")
-    assert losses(chain).keys() == losses(one).keys() == set(range(1, steps + 1))
-    for step, loss in losses(one).items():
-        assert losses(chain)[step] == pytest.approx(loss, rel=1e-5), f"step {step} under {CHAIN[step - 1]}"
+    assert losses(chain).keys() == losses(one).keys()
+    assert {*range(1, steps + 1), "score 3", f"score {steps}"} <= losses(one).keys()
+    for what, loss in losses(one).items():
+        assert losses(chain)[what] == pytest.approx(loss, rel=1e-5), f"{what}: one of {[*map(str, CHAIN)]}"
     last = f"checkpoints/step_{steps:08d}"
     got, wanted = whole(chain / last), whole(one / last)
     for name, tensor in wanted.items():
@@ -129,6 +133,20 @@ def test_the_same_layout_twice_is_bitwise_the_same_and_so_is_a_resume(layout, un
     under(layout, run, f"run.dir={tmp_path}/second", "train.steps=4")
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
     assert_same(tmp_path / "first/checkpoints/step_00000004", tmp_path / "second/checkpoints/step_00000004")
+
+
+def test_weights_of_another_run_start_a_new_one_under_any_layout(under, tmp_path):
+    under(Layout(data=2, shard=2), run, f"run.dir={tmp_path}/first", "train.steps=1")
+
+    def start(config, context) -> None:
+        trainer = Trainer(config, context, [])
+        trainer.resume()
+        save_checkpoint(tmp_path / "copy", 1, model_tensors(trainer.model, trainer.parameters), {})
+
+    under(Layout(tensor=2, sequence=True), start, f"run.dir={tmp_path}/second", f"init_from={tmp_path}/first")
+    first = whole(tmp_path / "first/checkpoints/step_00000001")
+    for name, tensor in whole(tmp_path / "copy/step_00000001").items():
+        assert torch.equal(tensor, first[name]), name
 
 
 def draws_after_resume(under, tmp_path: Path) -> None:

@@ -20,5 +20,5 @@ def shard_ranks(config: RunConfig, world_size: int) -> int:
         return ranks
     if parallel.data_shard is not None:
         return parallel.data_shard
-    on_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) // parallel.tensor
-    return on_a_node or ranks
+    on_a_node = os.environ.get("LOCAL_WORLD_SIZE")  # of torchrun
+    return ranks if on_a_node is None else max(1, int(on_a_node) // parallel.tensor)

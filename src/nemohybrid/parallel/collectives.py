@@ -6,7 +6,7 @@ is sent, and the result has the right shape.
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # noqa: F401 - registers the operators below
+import torch.distributed._functional_collectives
 from torch import Tensor
 
 from nemohybrid.parallel.context import Group, ParallelContext

@@ -92,7 +92,9 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"no GPU {local_rank} here ({torch.cuda.device_count()} seen by torch). Legal: cpu, auto")
+        seen = torch.cuda.device_count()
+        legal = "cpu, or no more ranks on this machine than it has GPUs" if seen else "cpu, auto"
+        raise ConfigError(f"no GPU {local_rank} here ({seen} seen by torch). Legal: {legal}")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -107,20 +109,27 @@ def start(
     sequence: bool = True,
 ) -> ParallelContext:
     """Join the job torchrun started, or stay alone. Call once per process; `stop` undoes it. Sizes as in `divide`."""
-    rank, local_rank, world_size = world_from_environment()
+    _, local_rank, world_size = world_from_environment()
     chosen = choose_device(device, local_rank)
     if world_size == 1:
         return ParallelContext(chosen)
     backend = ("nccl" if chosen.type == "cuda" else "gloo") if backend == "auto" else backend
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, device_id=chosen if chosen.type == "cuda" else None)
-    return divide(chosen, tensor, shard, sequence)
+    return divide(chosen, tensor, shard, sequence, timeout)
 
 
-def divide(device: torch.device, tensor: int = 1, shard: int = 1, sequence: bool = True) -> ParallelContext:
+def divide(
+    device: torch.device,
+    tensor: int = 1,
+    shard: int = 1,
+    sequence: bool = True,
+    timeout: datetime.timedelta | None = None,
+) -> ParallelContext:
     """The groups of this rank in a world that has met: `tensor` ranks to a matrix, weights cut over `shard` data ranks.
 
-    Tensor ranks are neighbours, since they talk most: rank = (copy * shard + part) * tensor + tensor rank. Collective.
+    Tensor ranks are neighbours, since they talk most: rank = (copy * shard + part) * tensor + tensor rank. `timeout` of a
+    collective; None: torch's. Collective.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -128,21 +137,27 @@ def divide(device: torch.device, tensor: int = 1, shard: int = 1, sequence: bool
     assert world % (tensor * shard) == 0, f"{world} ranks are not made of {tensor} x {shard}"
     copies = world // (tensor * shard)
     mesh = init_device_mesh(device.type, (copies, shard, tensor), mesh_dim_names=("copy", "shard", "tensor"))
-    data = mesh["copy", "shard"]._flatten("data") if min(copies, shard) > 1 else mesh["copy" if copies > 1 else "shard"]
+    both, meshes = mesh["copy", "shard"], {name: mesh[name] for name in ("copy", "shard", "tensor")}
+    meshes["data"] = both._flatten("data") if min(copies, shard) > 1 else meshes["copy" if copies > 1 else "shard"]
+    groups = {name: _group(part, timeout) for name, part in meshes.items()}
     return ParallelContext(
         device,
         rank,
         world,
-        data=Group(world, rank, dist.group.WORLD) if tensor == 1 else _group(data),
-        tensor=_group(mesh["tensor"]),
-        shard=_group(mesh["shard"]),
-        mesh=(mesh["copy", "shard"] if copies > 1 else mesh["shard"]) if shard > 1 else None,
+        data=groups["data"],
+        tensor=groups["tensor"],
+        shard=groups["shard"],
+        mesh=(both if copies > 1 else meshes["shard"]) if shard > 1 else None,
         sequence=sequence and tensor > 1,
     )
 
 
-def _group(mesh: DeviceMesh) -> Group:
-    return Group(mesh.size(), mesh.get_local_rank(), mesh.get_group()) if mesh.size() > 1 else Group()
+def _group(mesh: DeviceMesh, timeout: datetime.timedelta | None) -> Group:
+    if mesh.size() == 1:
+        return Group()
+    if timeout is not None:  # a mesh makes its groups with torch's own
+        dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group())
+    return Group(mesh.size(), mesh.get_local_rank(), mesh.get_group())
 
 
 def stop() -> None:

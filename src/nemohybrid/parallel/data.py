@@ -7,6 +7,7 @@ after `finish`. Cut parameters are views of FSDP's own storage, so that optimize
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,7 +82,6 @@ class Sharded:
         self.root.set_requires_gradient_sync(last or self.reduce_every_microbatch)
         if self.keep_weights:
             self.root.set_reshard_after_backward(last)
-        self.root.set_is_last_backward(last)
         yield
 
     def finish(self) -> None:
@@ -120,9 +120,11 @@ def _cut(
     for module in modules:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    ordered: list[Any] = [module for module, _ in units]
-    for module, following in zip(ordered, ordered[1:], strict=False):
-        module.set_modules_to_forward_prefetch([following])
+    for (module, _), (following, casting) in pairwise(units):
+        groups = (
+            [following, *casting[:1]] if dtype != torch.float32 else [following]
+        )  # the second, by any of its modules
+        module.set_modules_to_forward_prefetch(groups)  # pyright: ignore[reportCallIssue]
     return root
 
 

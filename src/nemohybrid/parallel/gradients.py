@@ -10,7 +10,9 @@ from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.parallel.context import Group, ParallelContext
 from nemohybrid.parallel.layout import Box, ParamLayout, layout_of
 
-_BUCKET_ELEMENTS = 32 * 1024 * 1024
+BUCKET_ELEMENTS = 32 * 1024 * 1024
+"""Gradients are summed over ranks in runs of about so many."""
+_RUN = 2**16
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
@@ -23,7 +25,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
     bucket: list[Tensor] = []
     for parameter in parameters:
         bucket.append(_gradient(parameter))
-        if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
+        if sum(g.numel() for g in bucket) >= BUCKET_ELEMENTS:
             _sum_bucket(bucket, group)
             bucket = []
     _sum_bucket(bucket, group)
@@ -83,12 +85,19 @@ def gradient_norm(parameters: Iterable[nn.Parameter], context: ParallelContext |
     """
     groups = [g for g in (context.tensor, context.shard) if g.size > 1] if context else []
     if context is None or not groups:
-        return get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return _norm([p.grad for p in parameters if p.grad is not None])
     owned = [part for parameter in parameters for part in _owned(parameter, context)]
-    square = get_total_norm(owned).square() if owned else torch.zeros((), device=context.device)
+    square = _norm(owned).square() if owned else torch.zeros((), device=context.device)
     for group in groups:
         sum_over(square, group)
     return square.sqrt()
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """In runs of a fixed length where they lie on a CPU: torch adds the squares there one after the other, in fp32, and is
+    1e-5 off at a million elements and a hundredth at a hundred million (measured, torch 2.13).
+    """
+    return get_total_norm([run for g in gradients for run in (g.reshape(-1).split(_RUN) if g.is_cpu else [g])])
 
 
 def _owned(parameter: nn.Parameter, context: ParallelContext) -> Iterator[Tensor]:

@@ -26,7 +26,8 @@ OF_TRAINING = ("init_std", "rescale_output_init", "dt_min", "dt_max", "dt_init_f
 def load_initial_weights(config: RunConfig, tensors: Mapping[str, Tensor | Parts], tokenizer: Tokenizer) -> list[str]:
     """Fill this rank's part of the model from what `init_from` names; step and optimizer stay those of a new run.
 
-    Returns what to say of it. Raises CheckpointError where tensors, settings that change what they compute, or the tokenizer differ. Collective.
+    Returns what to say of it. Raises CheckpointError where tensors, settings that change what they compute, or the tokenizer
+    differ. Collective.
     """
     if config.init_from is None:
         return []

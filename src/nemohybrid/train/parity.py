@@ -1,18 +1,23 @@
 """Does a parallel layout compute what one rank computes? Every gradient and weight, box by box.
 
 A wrong layout mostly has a right loss: an all-reduce that is missing behind a norm changes a gradient and nothing that a
-curve would show for days. So a few training steps are run twice, by the ranks of a layout and by one rank, with the very code that
-trains, and what they leave is compared parameter by parameter.
+curve would show for days. So a few training steps are run twice, by the ranks of a layout and by one rank, with the very
+code that trains, and what they leave is compared parameter by parameter.
 """
 
+import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from nemohybrid.checkpoint.tiling import Box, uncovered, volume
 from nemohybrid.config.run_config import RunConfig
+from nemohybrid.parallel.collectives import gather_bytes, largest
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
 from nemohybrid.parallel.layout import Parts, logical_parts
@@ -40,6 +45,19 @@ class Observation:
     losses: list[list[float]]
     norms: list[float]
     tensors: dict[str, Tensor | Parts]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The losses and norms of all steps, by what they are called."""
+        result: dict[str, float] = {}
+        for step, (losses, norm) in enumerate(zip(self.losses, self.norms, strict=True), 1):
+            result |= {f"loss{_of_depth(depth)} of step {step}": loss for depth, loss in enumerate(losses)}
+            result[f"gradient norm of step {step}"] = norm
+        return result
+
+
+def _of_depth(depth: int) -> str:
+    return f" of MTP depth {depth}" if depth else ""
 
 
 def synthetic_batch(config: RunConfig, step: int, packed: bool = True) -> Batch:
@@ -80,8 +98,7 @@ def observe(config: RunConfig, context: ParallelContext, steps: int = 3, packed:
             gradients = {
                 f"gradient.{name}": _copy(part)
                 for key, p in shared.parameters.items()
-                if p.grad is not None
-                for name, part in logical_parts(key, p, p.grad).items()
+                for name, part in logical_parts(key, p, torch.zeros_like(p) if p.grad is None else p.grad).items()
             }
         update(shared.parameters.values(), optimizer, config.optim.clip_grad_norm, norm)
         balance.update_bias()
@@ -97,9 +114,10 @@ def alone(config: RunConfig) -> RunConfig:
 
 
 def _copy(tensor: Tensor | Parts) -> Tensor | Parts:
+    """In the memory of the CPU, so that a GPU needs no more than for training."""
     if isinstance(tensor, Parts):
-        return Parts(tensor.shape, tuple((offsets, view.clone()) for offsets, view in tensor.boxes))
-    return tensor.clone()
+        return Parts(tensor.shape, tuple((offsets, view.to("cpu", copy=True)) for offsets, view in tensor.boxes))
+    return tensor.to("cpu", copy=True)
 
 
 @dataclass(frozen=True)
@@ -128,15 +146,21 @@ class Difference:
 
     def fault(self, tolerance: float) -> str | None:
         """What is wrong with it, None where nothing is."""
-        whole = math.prod(self.shape)
-        elements = sum(math.prod(shape) for _, shape in self.covered)
-        if elements != whole:
-            return f"{self.name}: ranks hold {elements} of {whole} elements"
+        boxes = {_ends(offsets, shape): 0 for offsets, shape in self.covered}
+        whole, missing = math.prod(self.shape), sum(map(volume, uncovered(self.shape, boxes)))
+        if missing:
+            return f"{self.name}: ranks hold {whole - missing} of {whole} elements"
+        if sum(map(volume, boxes)) > whole:
+            return f"{self.name}: what ranks hold overlaps, and is not the same"
         if self.scale == 0 and self.name.startswith("gradient."):
-            return f"{self.name}: no gradient on one rank"
+            return f"{self.name}: no gradient on one rank. An expert without tokens? Take a larger data.sequence_length"
         if not self.relative <= tolerance:
             return f"{self.name}: off by {self.relative:.1e} of its largest entry {self.scale:.1e}"
         return None
+
+
+def _ends(offsets: tuple[int, ...], shape: tuple[int, ...]) -> Box:
+    return tuple((start, start + n) for start, n in zip(offsets, shape, strict=True))
 
 
 def difference(name: str, got: Tensor | Parts | None, wanted: Tensor) -> Difference:
@@ -159,3 +183,104 @@ def joined(ranks: Iterable[Mapping[str, Difference]]) -> dict[str, Difference]:
         for name, one in found.items():
             result[name] = result[name].joined(one) if name in result else one
     return result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a layout and one rank left.
+
+    numbers: name -> (that of the rank that is farthest off, wanted), the losses and norms of all steps; strangers: tensors
+    that one rank does not have.
+    """
+
+    numbers: dict[str, tuple[float, float]]
+    tensors: dict[str, Difference]
+    strangers: list[str]
+
+    def faults(self, tolerance: float) -> list[str]:
+        """Everything that is wrong, in plain words. Tolerance: a share of the wanted number, or of the largest entry."""
+        found = [
+            f"{name}: {got:.6g} and not {wanted:.6g}"
+            for name, (got, wanted) in self.numbers.items()
+            if not off_by(got, wanted) <= tolerance
+        ]
+        found += [f"{name}: one rank has no such tensor" for name in self.strangers]
+        return found + [fault for one in self.tensors.values() if (fault := one.fault(tolerance))]
+
+    def worst(self) -> list[Difference]:
+        """All tensors, the farthest off first."""
+        return sorted(self.tensors.values(), key=lambda one: -one.relative)
+
+
+def off_by(got: float, wanted: float) -> float:
+    """The difference as a share of the wanted number. Two NaN are equal: losses of which there is no target."""
+    if got == wanted or (math.isnan(got) and math.isnan(wanted)):
+        return 0.0
+    share = abs(got - wanted) / abs(wanted) if wanted else math.inf
+    return math.inf if math.isnan(share) else share
+
+
+def compare(config: RunConfig, context: ParallelContext, steps: int = 3) -> Comparison:
+    """Train on rank 0 alone, then under the layout; every rank gets the whole comparison. Collective over the world.
+
+    Rank 0 must be able to train the whole model. Its tensors then reach the others one at a time.
+    """
+    config = _with_microbatch(config, context)
+    reference = observe(alone(config), ParallelContext.single(context.device), steps) if context.is_main else None
+    seen = observe(config, context, steps)
+    wanted, shapes = _announce(reference, context)
+    wholes = _from_first(reference.tensors if reference else {}, shapes, context)
+    found = [encoded(difference(name, seen.tensors.get(name), whole)) for name, whole in wholes]
+    strangers = sorted(seen.tensors.keys() - shapes.keys())
+    ranks = _gather_json({"numbers": seen.numbers, "tensors": found, "strangers": strangers}, context)
+    numbers = {name: max((r["numbers"][name] for r in ranks), key=lambda n: off_by(n, wanted[name])) for name in wanted}
+    return Comparison(
+        {name: (got, wanted[name]) for name, got in numbers.items()},
+        joined({one["name"]: decoded(one) for one in rank["tensors"]} for rank in ranks),
+        sorted({name for rank in ranks for name in rank["strangers"]}),
+    )
+
+
+def _with_microbatch(config: RunConfig, context: ParallelContext) -> RunConfig:
+    """Microbatches that are told, since one rank's share is another: what balances experts in each shall see the same."""
+    share = config.train.global_batch // context.data.size
+    return replace(config, train=replace(config.train, microbatch=config.train.microbatch or share))
+
+
+def _announce(reference: Observation | None, context: ParallelContext) -> tuple[dict[str, float], dict[str, list[int]]]:
+    """What rank 0 has: its losses and norms, and the shapes of its tensors, on every rank."""
+    shapes = {name: list(tensor.shape) for name, tensor in reference.tensors.items()} if reference else None
+    return tuple(_gather_json([reference.numbers, shapes] if reference else None, context)[0])
+
+
+def _from_first(
+    tensors: Mapping[str, Tensor | Parts], shapes: Mapping[str, list[int]], context: ParallelContext
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of rank 0 on every rank, in fp32 and one after the other, so that only one is there at a time."""
+    for name, shape in shapes.items():
+        tensor = torch.empty(shape, device=context.device)
+        if context.is_main:
+            own = tensors[name]
+            assert isinstance(own, Tensor), f"{name} is not whole on one rank"
+            tensor.copy_(own)
+        if context.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        yield name, tensor.cpu()
+
+
+def _gather_json(item: Any, context: ParallelContext) -> list[Any]:
+    """What every rank passed, in rank order. Blanks at the end, which mean nothing in JSON, make all equally long."""
+    text = json.dumps(item).encode()
+    padded = text.ljust(largest(len(text), context))
+    return [json.loads(other) for other in gather_bytes(padded, context.world, context.device)]
+
+
+def encoded(one: Difference) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(one) | {"covered": sorted(one.covered)}
+
+
+def decoded(values: Mapping[str, Any]) -> Difference:
+    """What `encoded` made, and JSON has seen."""
+    boxes = frozenset((tuple(offsets), tuple(shape)) for offsets, shape in values["covered"])
+    return Difference(**{**values, "covered": boxes, "shape": tuple(values["shape"])})

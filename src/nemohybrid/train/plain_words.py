@@ -54,6 +54,6 @@ def _out_of_memory(config: RunConfig, context: ParallelContext, error: Exception
 
 def _peer_gone(context: ParallelContext, error: Exception) -> str:
     return (
-        f"rank {context.rank} lost its peers . The rank that failed first says why; the same command goes on from the newest "
+        f"rank {context.rank} lost its peers. The rank that failed first says why; the same command goes on from the newest "
         f"checkpoint. What was heard here: {error}"
     )

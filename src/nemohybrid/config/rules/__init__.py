@@ -4,7 +4,15 @@ A rule looks at a typed, derived `RunConfig` and returns what is wrong, with the
 Nothing here imports torch or megatron: a wrong configuration is known within a second, before any process group.
 """
 
-from nemohybrid.config.rules import layout, model, stability, surroundings, training  # noqa: F401 - they register their rules
+from nemohybrid.config.rules import (  # noqa: F401 - they register their rules
+    layout,
+    model,
+    precision,
+    stability,
+    surroundings,
+    tensor,
+    training,
+)
 from nemohybrid.config.rules.rule import MODEL_RULES, RUN_RULES, Situation
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.violation import Violation

@@ -1,15 +1,9 @@
 """Rules between the model, the ranks and the layout they form; and what this version cannot lay out or train yet."""
 
+from nemohybrid.config.ranks import data_ranks, shard_ranks
 from nemohybrid.config.rules.rule import RUN_RULES, Situation, divisors, multiples_near, rule
-from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.violation import Violation
 from nemohybrid.errors import ConfigError
-
-
-def data_ranks(config: RunConfig, world_size: int) -> int:
-    """Data-parallel ranks, with `auto` resolved."""
-    others = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
-    return max(1, world_size // others) if config.parallel.data == "auto" else int(config.parallel.data)
 
 
 @rule(RUN_RULES)
@@ -40,7 +34,7 @@ def ranks_make_the_world(now: Situation) -> Violation | None:
 
 @rule(RUN_RULES)
 def layouts_of_this_version(now: Situation) -> Violation | None:
-    """Data parallelism works; the other axes are refused rather than ignored."""
+    """Data, tensor and sequence parallelism work; the other axes are refused rather than ignored."""
     parallel = now.config.parallel
     asked = [axis for axis in ("pipeline", "context", "expert") if getattr(parallel, axis) > 1]
     if not asked:
@@ -50,29 +44,49 @@ def layouts_of_this_version(now: Situation) -> Violation | None:
     return Violation(where, "this version trains with data, tensor and sequence parallelism only", legal)
 
 
-@rule(RUN_RULES, "M")
-def mamba_over_tensor(now: Situation) -> Violation | None:
-    """Mamba-2 is cut by groups, and its heads with them."""
-    groups, ranks = now.config.model.mamba_num_groups, now.config.parallel.tensor
-    if groups % ranks:
-        where = f"parallel.tensor={ranks}"
-        return Violation(where, f"{groups} Mamba groups cannot be shared by it", {"parallel.tensor": divisors(groups)})
+@rule(RUN_RULES)
+def shards_and_their_copies(now: Situation) -> Violation | None:
+    """hybrid means copies of a model that is cut over several data ranks; one copy or one part has a mode of its own."""
+    parallel = now.config.parallel
+    if parallel.data_mode != "hybrid":
+        return None
+    ranks, shard = data_ranks(now.config, now.world_size), shard_ranks(now.config, now.world_size)
+    legal = {"parallel.data_shard": divisors(ranks)[1:-1], "parallel.data_mode": ["full_shard", "replicate"]}
+    legal = {key: values for key, values in legal.items() if values}
+    given = parallel.data_shard is not None
+    where = f"parallel.data_shard={shard}" if given else "parallel.data_mode=hybrid"
+    number = f"{ranks} data rank{'s' * (ranks > 1)}"
+    if ranks % shard:
+        whose = "" if given else ", as many as a node has"
+        return Violation(where, f"{number} cannot be cut into parts of {shard}{whose}", legal)
+    if not given and shard == 1 < ranks:
+        return Violation(where, "a node has one data rank, so that nothing would be cut", legal)
+    if given and shard in (1, ranks):
+        same = "replicate" if shard == 1 else "full_shard"
+        return Violation(where, f"with {number} it means parallel.data_mode={same}", legal)
     return None
 
 
-@rule(RUN_RULES, "*")
-def attention_over_tensor(now: Situation) -> Violation | None:
-    """Query heads are cut; key/value heads are cut or repeated."""
-    heads, groups, ranks = (
-        now.config.model.num_attention_heads or 1,
-        now.config.model.num_query_groups or 1,
-        now.config.parallel.tensor,
-    )
-    legal = [d for d in divisors(heads) if groups % d == 0 or d % groups == 0]
-    if ranks in legal:
+@rule(RUN_RULES)
+def data_shard_of_hybrid(now: Situation) -> Violation | None:
+    """In another mode it would change nothing."""
+    parallel = now.config.parallel
+    if parallel.data_shard is None or parallel.data_mode == "hybrid":
         return None
-    message = f"{heads} query and {groups} key/value heads cannot be shared by it"
-    return Violation(f"parallel.tensor={ranks}", message, {"parallel.tensor": legal})
+    legal = {"parallel.data_shard": "null", "parallel.data_mode": "hybrid"}
+    where = f"parallel.data_shard={parallel.data_shard}"
+    return Violation(where, f"changes nothing with parallel.data_mode={parallel.data_mode}", legal)
+
+
+@rule(RUN_RULES)
+def reduction_of_shards(now: Situation) -> Violation | None:
+    """Where every rank keeps whole gradients anyway, there is nothing to save by summing them more often."""
+    parallel = now.config.parallel
+    if not parallel.reduce_every_microbatch or parallel.data_mode != "replicate":
+        return None
+    legal = {"parallel.reduce_every_microbatch": "false", "parallel.data_mode": ["full_shard", "shard_grad", "hybrid"]}
+    where = "parallel.reduce_every_microbatch=true"
+    return Violation(where, "changes nothing with parallel.data_mode=replicate", legal)
 
 
 @rule(RUN_RULES)
@@ -112,3 +126,20 @@ def sequence_over_context(now: Situation) -> Violation | None:
             where, f"does not cut into 2 x {ranks} pieces", {"data.sequence_length": multiples_near(length, 2 * ranks)}
         )
     return None
+
+
+@rule(RUN_RULES, "M")
+def mamba_over_context(now: Situation) -> Violation | None:
+    """Inside an `M` layer context ranks share the heads of a tensor rank instead of tokens; its groups they share or repeat.
+
+    So does Megatron-LM (mamba_context_parallel.py).
+    """
+    model, ranks, tensor = now.config.model, now.config.parallel.context, now.config.parallel.tensor
+    if model.mamba_num_groups % tensor or (model.mamba_num_heads or 0) % tensor:
+        return None  # the rule of tensor parallelism speaks
+    heads, groups = (model.mamba_num_heads or 1) // tensor, model.mamba_num_groups // tensor
+    legal = [d for d in divisors(heads) if groups % d == 0 or d % groups == 0]
+    if ranks in legal:
+        return None
+    message = f"the {heads} Mamba heads and {groups} groups of a tensor rank cannot be shared by it"
+    return Violation(f"parallel.context={ranks}", message, {"parallel.context": legal})

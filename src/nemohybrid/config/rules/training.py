@@ -1,7 +1,7 @@
 """Rules of batch, schedule and optimizer."""
 
 from nemohybrid.config.batch_plan import BatchPlan
-from nemohybrid.config.rules.layout import data_ranks
+from nemohybrid.config.ranks import data_ranks
 from nemohybrid.config.rules.rule import RUN_RULES, Situation, divisors, multiples_near, rule
 from nemohybrid.config.violation import Violation
 

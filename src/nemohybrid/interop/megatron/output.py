@@ -53,8 +53,10 @@ def _key(text: str) -> str:
 
 
 def as_command(now: Translation) -> str:
-    """`nemohybrid train key=value ...`, then the remarks."""
-    words = ["nemohybrid train", *map(shlex.quote, override_words(now))]
+    """`nemohybrid train key=value ...`, under torchrun where ranks share every matrix, then the remarks."""
+    ranks = now.overrides.get("parallel.tensor", 1)
+    program = f"torchrun --nproc-per-node {ranks} -m nemohybrid train" if ranks > 1 else "nemohybrid train"
+    words = [program, *map(shlex.quote, override_words(now))]
     return " \\\n    ".join(words) + "\n" + remarks_text(now.remarks)
 
 

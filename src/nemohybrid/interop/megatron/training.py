@@ -12,7 +12,6 @@ SHAPES = ("linear", "cosine", "exponential", "minus_sqrt")
 """Of the WSD decay; the names are the same here."""
 
 AXES = {
-    "tensor_model_parallel_size": "tensor",
     "pipeline_model_parallel_size": "pipeline",
     "context_parallel_size": "context",
     "expert_model_parallel_size": "expert",
@@ -246,9 +245,12 @@ def _run(now: Translation) -> None:
     now.put("run.seed", arguments.whole("seed"))
     now.put("checkpoint.every", arguments.whole("save_interval"))
     now.put("logging.every", arguments.whole("log_interval"))
+    if (tensor := arguments.whole("tensor_model_parallel_size") or 1) > 1:
+        now.put("parallel.tensor", tensor)
+        now.put("parallel.sequence", arguments.flag("sequence_parallel"))
     for name, axis in AXES.items():
         if (arguments.whole(name) or 1) > 1:
-            reason = f"this version trains with data parallelism only; parallel.{axis} is the key"
+            reason = f"this version cannot lay it out yet; parallel.{axis} is the key"
             now.no_counterpart(name, reason)
     granularity = arguments.word("recompute_granularity")
     if granularity == "full":
