@@ -60,7 +60,9 @@ def run_world(size: int, action: Callable[[int], object], folder: Path) -> list[
         action(rank)
         dist.barrier()  # a rank that leaves early makes its peers fail
         store.add("passed", 1)
-        while store.add("passed", 0) < size:  # and one whose sockets close while a peer still reads the barrier's last words
+        while (
+            store.add("passed", 0) < size
+        ):  # and one whose sockets close while a peer still reads the barrier's last words
             time.sleep(0.001)
 
     children = {rank: fork(lambda rank=rank: member(rank), folder / f"failure{rank}") for rank in range(size)}
