@@ -177,3 +177,16 @@ def test_over_how_many_data_ranks_weights_are_cut(mode, shard, tensor, on_a_node
 
 def test_a_mistyped_mode_is_answered_with_the_right_ones(complaint):
     assert "full_shard, shard_grad, hybrid, replicate" in complaint("parallel.data_mode=fullshard")
+
+
+def test_every_tensor_rank_needs_a_row_of_the_vocabulary(complaint):
+    small = ["data.bundled=null", "data.train=somewhere", "model.vocab_size=3", "parallel.tensor=4"]
+    message = complaint(*small, "model.num_attention_heads=4", "model.mamba_num_groups=4", world_size=4)
+    assert "parallel.tensor=4: has more ranks than the vocabulary of 3 has rows" in message
+    assert "parallel.tensor=up to 3" in message
+
+
+def test_a_node_whose_ranks_all_share_matrices_has_nothing_to_cut(complaint, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    message = complaint("parallel.data_mode=hybrid", "parallel.tensor=4", "model.mamba_num_groups=4", world_size=16)
+    assert "parallel.data_mode=hybrid: a node has one data rank, so that nothing would be cut" in message

@@ -17,11 +17,12 @@ from nemohybrid.model.init import constant, normal
 from nemohybrid.model.linear import Linear
 from nemohybrid.model.mixer import Mixer
 from nemohybrid.model.sequence import SequenceContext
-from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.context import Group, ParallelContext
 from nemohybrid.parallel.layout import Piece, parameter
 from nemohybrid.train.evaluation import score_batch
 from nemohybrid.train.finite import first_bad_tensor
-from nemohybrid.train.parity import share_of, synthetic_batch
+from nemohybrid.train.parity import difference, observe, share_of, synthetic_batch
+from nemohybrid.train.random_streams import RandomStreams
 
 LAYOUTS = [Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(tensor=4, sequence=True)]
 
@@ -163,20 +164,59 @@ def test_a_number_that_is_none_is_found_by_all_ranks_though_one_has_it(on_ranks,
     assert "layers.2" in told[0] or "weight" in told[0], told
 
 
-def test_bf16_weights_that_are_sent_as_bf16_train_as_if_they_were_not(on_ranks):
-    """The cast comes before the exchange instead of after it; gradients are added in fp32 either way."""
-    base = run_config("latent")
-    base.model = replace(base.model, dtype="bfloat16")
-    reference = {}
-    for mode in ("replicate", "full_shard"):
-        layout = Layout(data=2, shard=2 if mode == "full_shard" else 1)
+@pytest.mark.parametrize("model", ["latent", "every_option"])
+def test_bf16_weights_that_are_sent_as_bf16_train_as_if_they_were_not(on_ranks, model):
+    """The cast comes before the exchange instead of after it; gradients are added in fp32 either way. Tensor by tensor."""
+    config = run_config(model, recompute="layer")
+    config.model = replace(config.model, dtype="bfloat16")
+    cut, whole = Layout(data=2, shard=2), Layout(data=2)
 
-        def losses(context: ParallelContext, layout=layout) -> list:
-            from nemohybrid.train.parity import observe
+    def faults(context: ParallelContext) -> list[str]:
+        got = observe(cut.configured(config), context)
+        apart = replace(context, shard=Group(), mesh=None)
+        wanted = observe(whole.configured(config), apart)
+        found = {name: difference(name, got.tensors.get(name), tensor) for name, tensor in wanted.tensors.items()}
+        assert got.numbers == pytest.approx(wanted.numbers, rel=1e-6)
+        return [f"{name}: {one.relative:.1e}" for name, one in found.items() if not one.error <= 1e-5 * one.scale]
 
-            seen = observe(layout.configured(base), context, 3)
-            return [*seen.losses, seen.norms]
+    assert on_ranks(cut, faults) == [[], []]
 
-        reference[mode] = on_ranks(layout, losses)[0]
-    for got, wanted in zip(reference["full_shard"], reference["replicate"], strict=True):
-        assert got == pytest.approx(wanted, rel=1e-3)
+
+class Dropout(Shift):
+    """Forgets some channels of some tokens."""
+
+    def forward(self, x, seq):
+        return super().forward(torch.nn.functional.dropout(x, 0.4), seq)
+
+
+def test_tensor_ranks_forget_the_same_and_so_does_a_recomputation(on_ranks, monkeypatch):
+    """What a mixer of one's own draws: each rank alone would train another weight and call it the same."""
+    monkeypatch.setitem(importlib.import_module("nemohybrid.model.mixer")._mixers, "-", Dropout)
+    found = {}
+    for recompute in ("none", "layer"):
+        config = run_config(recompute=recompute)
+
+        def weights(context: ParallelContext, config=config) -> list:
+            RandomStreams(context, 1).start()
+            seen = observe(Layout(tensor=2, sequence=True).configured(config), context, 2)
+            return [seen.tensors[f"weight.layers.2.mixer.{name}"].tolist() for name in ("share", "project.weight")]
+
+        first, second = on_ranks(Layout(tensor=2, sequence=True), weights)
+        assert first == second, "tensor ranks hold different copies of one weight"
+        found[recompute] = first
+    assert found["none"] == found["layer"], "a layer that is computed again draws other numbers"
+
+
+def test_ranks_end_a_text_at_the_same_token_though_their_logits_differ(on_ranks, monkeypatch):
+    """The last bit of a logit may depend on the machine; a rank that stops alone leaves its peers waiting."""
+    config = run_config()
+
+    def text(context: ParallelContext) -> list:
+        net = HybridModel.create(config.model, 1, context)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Sampling, "choose", lambda self, logits, generator: torch.full(logits.shape[:1], context.rank)
+            )
+            return generate_tokens(net, [[5, 9]], 3, Sampling(temperature=1.0, top_k=0, top_p=1.0), eod=1)
+
+    assert on_ranks(Layout(tensor=2), text) == [[[0, 0, 0]], [[0, 0, 0]]]

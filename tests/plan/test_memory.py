@@ -131,3 +131,41 @@ def test_ranks_of_a_host_share_its_memory(monkeypatch):
 def test_the_advice_promises_only_what_holds(kind, promise):
     config = configured("model=tiny_moe", f"model.router.aux_loss={kind}")
     assert promise in memory.advice(config)
+
+
+def test_what_data_ranks_cut_is_counted_as_they_cut_it():
+    """Weights, gradients and optimizer become an eighth; stacked experts are cut by experts, and two do not become eighths."""
+    dense = ["model=tiny", "train.global_batch=8"]
+    whole, cut = (memory.estimate(configured(*dense), 8, ranks).fixed for ranks in (1, 8))
+    weights = whole["weights, fp32"]
+    assert cut["weights, fp32, 1/8"] == pytest.approx(weights / 8, rel=0.01)
+    assert cut["optimizer, two fp32 moments, 1/8"] == 2 * cut["weights, fp32, 1/8"]
+    few = ["model=tiny_moe", "model.num_experts=2", "train.global_batch=8"]
+    with torch.device("meta"):
+        model = HybridModel(configured(*few).model)
+    expert = sum(4 * p[0].numel() for name, p in model.named_parameters() if ".experts." in name)
+    held = memory.estimate(configured(*few), 8, 8).fixed["weights, fp32, 1/8"]
+    assert held > expert, "a rank holds one expert of every layer, not a quarter of one"
+
+
+@pytest.mark.parametrize("every, whole", [(False, True), (True, False)])
+def test_gradients_of_several_microbatches_stay_whole_unless_they_are_summed_after_each(every, whole):
+    words = ["model=tiny", "train.global_batch=8", "train.microbatch=1", f"parallel.reduce_every_microbatch={every}"]
+    config = configured(*words)
+    weights = memory.estimate(config, 2, 1).fixed["weights, fp32"]
+    assert (memory.estimate(config, 2, 2).fixed["gradients before they are summed"] == weights) is whole
+
+
+def test_tensor_ranks_hold_their_part_and_sequence_parallelism_keeps_its_tokens():
+    one = memory.estimate(configured("model=tiny"), 1)
+    shared = ["model=tiny", "parallel.tensor=2", "parallel.data=1"]
+    whole, cut = (
+        memory.estimate(load_two(*shared, f"parallel.sequence={sequence}"), 1) for sequence in ("false", "true")
+    )
+    assert one.fixed["weights, fp32"] / 2 < whole.fixed["weights, fp32"] < 0.55 * one.fixed["weights, fp32"]
+    assert sum(cut.activations.values()) < sum(whole.activations.values()) < sum(one.activations.values())
+
+
+def load_two(*overrides: str) -> RunConfig:
+    given = [f"train.global_batch={ROWS}", f"data.sequence_length={LENGTH}", f"model.vocab_size={VOCABULARY}"]
+    return load_config(["data=shakespeare", "data.tokenizer=byte", *given, *overrides], 2)

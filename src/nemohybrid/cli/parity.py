@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 NOTHING_TO_COMPARE = 2
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2}
 """Shares of the largest entry of a tensor, by compute dtype; docs/parity.md says why."""
+MANY = 4
+"""Tensor ranks; more of them add more summands, and get five times that."""
 BATCH_PER_RANK = 2
 """Sequences of each data rank: the fewest that make two microbatches, whose gradients must add up."""
 DEFAULTS = (
@@ -91,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         "--tolerance",
         type=_share,
         help="largest error, as a share of the largest entry of a tensor; default: 1e-5, with bfloat16 5e-2, as sums of "
-        "parts are rounded",
+        "parts are rounded; five times that with more than 4 tensor ranks",
     )
     p.add_argument("--steps", type=_count, default=3, help="optimizer steps (default 3)")
     p.add_argument("--top", type=_count, default=10, help="rows of the table of the worst tensors (default 10)")
@@ -117,9 +119,10 @@ def _share(text: str) -> float:
 def main(argv: list[str]) -> int:
     """Compare on the ranks of torchrun, or start some; returns the exit status."""
     args = parser().parse_intermixed_args(argv)
-    args.tolerance = args.tolerance or TOLERANCES[args.dtype]
     started = _started_ranks(args.ranks)
     config, ranks = composed(completed(with_initial_model(args.overrides), args.dtype), started or args.ranks)
+    many = 5 if config.parallel.tensor > MANY else 1
+    args.tolerance = args.tolerance or many * TOLERANCES[args.dtype]
     if ranks == 1:
         print(_NOTHING)
         return NOTHING_TO_COMPARE

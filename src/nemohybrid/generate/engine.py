@@ -10,6 +10,7 @@ from nemohybrid.errors import DataError
 from nemohybrid.generate.sampling import Sampling
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.sequence import DecodeCache, SequenceContext
+from nemohybrid.parallel.collectives import from_first
 
 # B batch, L length, D hidden, V vocabulary
 
@@ -60,7 +61,7 @@ def stream_tokens(
     decoder = Decoder(model)
     logits = decoder.prefill(prompts)
     for count in range(1, max_new_tokens + 1):
-        chosen = sampling.choose(logits, generator)
+        chosen = from_first(sampling.choose(logits, generator), model.context)  # ranks must end at the same token
         yield chosen.tolist()
         if count < max_new_tokens:
             logits = decoder.feed(chosen[:, None])

@@ -1,5 +1,6 @@
 """Token ids in, logits out. Both have rows for padding ids, which no token uses and no logit shows."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from nemohybrid.model.init import normal
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.collectives import largest_over, sum_over
 from nemohybrid.parallel.context import Group, ParallelContext
-from nemohybrid.parallel.layout import Piece, Shard, layout_of, parameter
+from nemohybrid.parallel.layout import ParamLayout, Piece, Shard, layout_of, parameter
 from nemohybrid.parallel.tensor import TensorRanks, best_column, gathered_columns
 from nemohybrid.precision.gemm import Gemm, plain_gemm
 from nemohybrid_kernels.cross_entropy import cross_entropy, cross_entropy_of_columns
@@ -41,10 +42,14 @@ class VocabularyMatrix(nn.Module):
         piece = Piece("", shape, normal(config.init_std), filled=self.vocab_size)
         self.weight = parameter(piece, shard=Shard(axis=0, even=False), context=context)
         self.whole_tokens = TensorRanks(context.tensor if context else Group())
-        boxes = layout_of(self.weight).boxes
-        self.first = boxes[0].offsets[0] if boxes else shape[0]
-        rows = boxes[0].shape[0] if boxes else 0
-        self.columns = max(0, min(self.vocab_size - self.first, rows))  # of the logits, the padding left out
+        layout = layout_of(self.weight)
+        firsts, counts = zip(*(self._rows(replace(layout, rank=rank)) for rank in range(layout.ranks)), strict=True)
+        self.first, self.columns, self.columns_of_ranks = firsts[layout.rank], counts[layout.rank], list(counts)
+
+    def _rows(self, layout: ParamLayout) -> tuple[int, int]:
+        """Where the rows of a rank begin, and how many of them are no padding: its columns of the logits."""
+        (box,) = layout.boxes
+        return box.offsets[0], max(0, min(self.vocab_size - box.offsets[0], box.shape[0]))
 
     def embed(self, ids: Tensor, dtype: torch.dtype, seq: SequenceContext) -> Tensor:
         """ids [B, L] -> [T, D] in `dtype`, this rank's tokens of the stream."""
@@ -53,8 +58,8 @@ class VocabularyMatrix(nn.Module):
             return F.embedding(ids, self.weight).to(dtype)
         here = ids - self.first
         others = (here < 0) | (here >= self.weight.shape[0])
-        rows = F.embedding(here.masked_fill(others, 0), self.weight).masked_fill(others[:, None], 0.0)
-        return seq.leave(rows.to(dtype))  # of each token all summands but one are zero: their sum is exact in any dtype
+        rows = F.embedding(here.masked_fill(others, 0), self.weight).to(dtype).masked_fill(others[:, None], 0.0)
+        return seq.leave(rows)  # of each token all summands but one are zero: their sum is exact in any dtype
 
     def own_logits(self, x: Tensor) -> Tensor:
         """x [..., D], which has entered -> the logits of this rank's columns, [..., columns], in x's dtype."""
@@ -66,7 +71,7 @@ class VocabularyMatrix(nn.Module):
         Without a `seq` every rank has all tokens, as in generation.
         """
         ranks = seq.ranks if seq is not None else self.whole_tokens
-        return gathered_columns(self.own_logits(ranks.enter(x)), self.vocab_size, ranks)
+        return gathered_columns(self.own_logits(ranks.enter(x)), self.columns_of_ranks, ranks)
 
     def cross_entropy(self, x: Tensor, labels: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D], this rank's tokens; labels [T] of all tokens -> losses of all tokens [T], fp32, the same on every rank."""

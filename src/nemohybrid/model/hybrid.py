@@ -168,7 +168,7 @@ class HybridModel(nn.Module):
     def _run(self, layers: Iterable[nn.Module], x: Tensor, seq: SequenceContext) -> Tensor:
         for layer in layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportAssignmentType]
+                x = checkpoint(layer, x, seq, use_reentrant=False)  # draws again what it drew  # pyright: ignore[reportAssignmentType]
             else:
                 x = layer(x, seq)
         return x

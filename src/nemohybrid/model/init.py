@@ -76,14 +76,15 @@ def initialize(model: nn.Module, seed: int) -> None:
 def draw(box: Box, target: Tensor, seed: int, name: str) -> None:
     """Fill `target` with the first values of a box of the logical tensor `name`.
 
-    Only blocks of rows that the box touches are drawn, one at a time: a rank that holds a thousandth of a large model draws
-    little more than that.
+    Only blocks of rows that the box touches are drawn, one at a time, and all columns of them: a rank that holds some rows
+    of a large model draws little more, one that holds some columns draws those of its peers too.
     """
     piece, first, end = box.piece, box.offsets[0], box.offsets[0] + box.shape[0]
     rows, filled = block_rows(piece.shape), piece.shape[0] if piece.filled is None else piece.filled
     columns = tuple(slice(start, start + n) for start, n in zip(box.offsets[1:], box.shape[1:], strict=True))
     target[max(0, filled - first) :].zero_()
-    for begin in range(first // rows * rows, min(end, filled), rows):
+    end = min(end, filled)
+    for begin in range(first // rows * rows, end, rows) if first < end else ():
         stop = min(begin + rows, filled)
         values = piece.init(generator_for(seed, name, begin // rows), (stop - begin, *piece.shape[1:]))
         low, high = max(begin, first), min(stop, end)

@@ -62,6 +62,15 @@ def _name(group: Group) -> str:
     return group.handle.group_name
 
 
+def from_first(tensor: Tensor, context: ParallelContext) -> Tensor:
+    """Rank 0's `tensor` on every rank: what ranks could decide differently by the last bit, one decides."""
+    if context.world_size == 1:
+        return tensor
+    agreed = tensor.to(context.device).contiguous()
+    dist.broadcast(agreed, src=0)
+    return agreed.to(tensor.device)
+
+
 def largest(value: int, context: ParallelContext) -> int:
     """The largest `value` of all ranks; on a world of one it does not touch the device."""
     world = context.world

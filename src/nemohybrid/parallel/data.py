@@ -92,9 +92,8 @@ class Sharded:
 
     def release(self) -> None:
         """Give back the weights that were gathered and that no backward pass gave back."""
-        for module in self.model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()  # pyright: ignore[reportCallIssue]
+        for module in _of_fsdp(self.model):
+            module.reshard()
 
 
 DataRanks = Replicated | Sharded
@@ -116,8 +115,7 @@ def _cut(
         fully_shard(module, mp_policy=policy(torch.float32), **options)
     root: Any = fully_shard(model, mesh=context.mesh, mp_policy=policy(torch.float32), reshard_after_forward=False)
     register_fsdp_forward_method(model, entry)
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "set_gradient_divide_factor")]
-    for module in modules:
+    for module in _of_fsdp(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     for (module, _), (following, casting) in pairwise(units):
@@ -126,6 +124,13 @@ def _cut(
         )  # the second, by any of its modules
         module.set_modules_to_forward_prefetch(groups)  # pyright: ignore[reportCallIssue]
     return root
+
+
+def _of_fsdp(model: nn.Module) -> Iterator[Any]:
+    """The modules that FSDP has taken over."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _rows(layout: ParamLayout, context: ParallelContext) -> tuple[int, int]:

@@ -20,33 +20,26 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
 
     A parameter that took no part in this rank's microbatches (an expert without tokens, say) counts as zero.
     """
-    if group.handle is None:
-        return
-    bucket: list[Tensor] = []
-    for parameter in parameters:
-        bucket.append(_gradient(parameter))
-        if sum(g.numel() for g in bucket) >= BUCKET_ELEMENTS:
-            _sum_bucket(bucket, group)
-            bucket = []
-    _sum_bucket(bucket, group)
+    if group.handle is not None:
+        _sum_in_buckets((_gradient(parameter) for parameter in parameters), group)
 
 
 def sum_partial_gradients(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
     """Sum over the tensor ranks what are summands there: norms and routers that saw some of the tokens, norms of heads,
-    key/value heads that several ranks hold. Layouts say which. Once a step, one exchange.
+    key/value heads that several ranks hold. Layouts say which. Once a step, in buckets.
     """
     if context.tensor.handle is None:
         return
-    bucket: list[Tensor] = []
+    whole: list[Tensor] = []
     copied: list[tuple[Tensor, Tensor]] = []
     for parameter in parameters:
         layout = layout_of(parameter)
         if is_partial(layout, context):
-            bucket.append(_gradient(parameter))
+            whole.append(_gradient(parameter))
         for box in layout.boxes if layout.shard else ():
             if box.copies > 1:
                 copied.append((box.of(_gradient(parameter)), _slots(box, parameter, context.tensor)))
-    _sum_bucket([*bucket, *(slots for _, slots in copied)], context.tensor)
+    _sum_in_buckets([*whole, *(slots for _, slots in copied)], context.tensor)
     for view, slots in copied:
         view.copy_(slots[context.tensor.rank // (context.tensor.size // len(slots))])
 
@@ -68,6 +61,16 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def _sum_in_buckets(gradients: Iterable[Tensor], group: Group) -> None:
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        bucket.append(gradient)
+        if sum(g.numel() for g in bucket) >= BUCKET_ELEMENTS:
+            _sum_bucket(bucket, group)
+            bucket = []
+    _sum_bucket(bucket, group)
 
 
 def _sum_bucket(bucket: list[Tensor], group: Group) -> None:

@@ -9,7 +9,7 @@ what it returns is a summand. Gradients of whole tensors are whole on every rank
   leave   sum              (nothing)           cut        sum, own part       gather
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +62,14 @@ class TensorRanks:
         return _exchange(x, self.group, own_part, gathered) if self.cut else x
 
 
-def gathered_columns(part: Tensor, columns: int, ranks: TensorRanks) -> Tensor:
-    """part [T, n] of every rank, n not the same on each -> [T, columns], on which every rank then computes alike."""
+def gathered_columns(part: Tensor, sizes: Sequence[int], ranks: TensorRanks) -> Tensor:
+    """part [T, n] of every rank, n as in `sizes` -> all columns [T, sum of sizes], with which ranks then compute alike."""
     group = ranks.group
     if group.size == 1:
         return part
-    sizes = gathered(torch.tensor([part.shape[1]], device=part.device), group).tolist()
     widest = F.pad(part, (0, max(sizes) - part.shape[1])).T
     rows = _exchange(widest, group, gathered, own_part)
-    return torch.cat([r[:n] for r, n in zip(rows.split(max(sizes)), sizes, strict=True)])[:columns].T
+    return torch.cat([r[:n] for r, n in zip(rows.split(max(sizes)), sizes, strict=True)]).T
 
 
 def best_column(part: Tensor, first: int, group: Group) -> Tensor:

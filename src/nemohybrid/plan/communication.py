@@ -259,33 +259,32 @@ def _router_balance(step: Step) -> Iterator[Row]:
 
 
 def _partial_gradients(step: Step) -> Iterator[Row]:
-    elements = sum(_partial_elements(parameter, step) for parameter in step.model.parameters())
-    if elements:
-        yield from step.rows_of("partial gradients", "tensor", [Send("all_reduce", FP32 * elements)])
-
-
-def _partial_elements(parameter: nn.Parameter, step: Step) -> int:
-    """What tensor ranks sum of a gradient: all of it, or a place for every part of which several ranks hold a copy."""
-    rows, *others = layout_of(parameter).tensor_shape
-    layout = replace(layout_of(parameter), rows=(0, -(-rows // step.shard)))
-    if is_partial(layout, step.model.context):
-        return -(-rows // step.shard) * math.prod(others)
-    return sum(layout.ranks // box.copies * math.prod(box.shape) for box in layout.boxes if box.copies > 1)
+    """Of what all tensor ranks hold; then a place for every part of which several hold a copy."""
+    whole: list[int] = []
+    copied: list[int] = []
+    for parameter in step.model.parameters():
+        rows, *others = layout_of(parameter).tensor_shape
+        layout = replace(layout_of(parameter), rows=(0, -(-rows // step.shard)))
+        if is_partial(layout, step.model.context):
+            whole.append(-(-rows // step.shard) * math.prod(others))
+        copied += [layout.ranks // b.copies * math.prod(b.shape) for b in layout.boxes if b.copies > 1]
+    sends = (Send("all_reduce", FP32 * elements) for elements in _buckets([*whole, *copied]))
+    yield from step.rows_of("partial gradients", "tensor", sends)
 
 
 # --- What data ranks send ----------------------------------------------------------------------------------------------
 
 
 def _copied_weights(step: Step) -> Iterator[Row]:
-    sends = (Send("all_reduce", FP32 * elements) for elements in _buckets(step.model.parameters()))
+    sends = (Send("all_reduce", FP32 * elements) for elements in _buckets(p.numel() for p in step.model.parameters()))
     yield from step.rows_of("reduce gradients", "data", sends)
 
 
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[int]:
-    """Elements of each bucket of `parallel.gradients.sum_gradients`."""
+def _buckets(sizes: Iterable[int]) -> Iterator[int]:
+    """Elements of each bucket of `parallel.gradients`, of gradients with so many elements."""
     elements = 0
-    for parameter in parameters:
-        elements += parameter.numel()
+    for size in sizes:
+        elements += size
         if elements >= gradients.BUCKET_ELEMENTS:
             yield elements
             elements = 0

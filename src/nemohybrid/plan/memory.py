@@ -84,30 +84,34 @@ def _cut(model: HybridModel, config: RunConfig, ranks: int, several: bool) -> di
 
     several: microbatches a step. Their gradients add up whole on every rank, unless they are summed after each.
     """
-    weights, units = _weights(model), [_sent(module, casting, model) for module, casting in model.sharding_units()]
-    others = weights - sum(_weights(module) for module, _ in model.sharding_units())  # gathered from first to last
+    weights, own = _weights(model), _weights(model, ranks) // ranks
+    padded = [
+        (_weights(module, ranks), _sent(module, casting, model, ranks)) for module, casting in model.sharding_units()
+    ]
+    units = [sent for _, sent in padded]
+    others = _weights(model, ranks) - sum(whole for whole, _ in padded)  # gathered from first to last
     at_a_time = (
         sum(units) if config.parallel.data_mode == "shard_grad" else sum(sorted(units)[-2:])
     )  # one is prefetched
     keeps_whole = several and not config.parallel.reduce_every_microbatch
-    largest = max((_weights(module) for module, _ in model.sharding_units()), default=0)
+    largest = max((whole for whole, _ in padded), default=0)
     return {
-        f"weights, fp32, 1/{ranks}": weights // ranks,
-        f"optimizer, two fp32 moments, 1/{ranks}": 2 * weights // ranks,
-        f"gradients, fp32, 1/{ranks}": weights // ranks,
+        f"weights, fp32, 1/{ranks}": own,
+        f"optimizer, two fp32 moments, 1/{ranks}": 2 * own,
+        f"gradients, fp32, 1/{ranks}": own,
         "weights gathered at a time": others + at_a_time,
         "gradients before they are summed": weights if keeps_whole else others + 2 * largest,
     }
 
 
-def _weights(module: nn.Module) -> int:
-    return FP32 * sum(parameter.numel() for parameter in module.parameters())
+def _weights(module: nn.Module, ranks: int = 1) -> int:
+    """Bytes in fp32, with the padding by which rows become equal parts: 8 experts on 64 ranks are 64."""
+    return FP32 * sum(-(-len(p) // ranks) * ranks * p[0].numel() for p in module.parameters())
 
 
-def _sent(module: nn.Module, casting: list[nn.Module], model: HybridModel) -> int:
+def _sent(module: nn.Module, casting: list[nn.Module], model: HybridModel, ranks: int) -> int:
     """Bytes of a unit's weights when they are gathered: some as a cast."""
-    saved = (FP32 - model.dtype.itemsize) * sum(p.numel() for part in casting for p in part.parameters())
-    return _weights(module) - saved
+    return _weights(module, ranks) - (FP32 - model.dtype.itemsize) * sum(_weights(c, ranks) for c in casting) // FP32
 
 
 def _activations(model: HybridModel, config: RunConfig, rows: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ code that trains, and what they leave is compared parameter by parameter.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +32,8 @@ from nemohybrid.train.step import compute_gradients, update
 
 EOD = 0
 """The token that ends a document in synthetic rows."""
+ZERO = 1e-7
+"""Entries that are smaller than the largest of all by this factor are zero but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ class Difference:
     covered: frozenset[tuple[tuple[int, ...], tuple[int, ...]]]
 
     @property
+    def kind(self) -> str:
+        """`gradient` or `weight`."""
+        return self.name.partition(".")[0]
+
+    @property
     def relative(self) -> float:
         """Error as a share of the largest entry; infinite where nothing should be, or a number is none."""
         if self.error == 0:
@@ -144,8 +151,8 @@ class Difference:
         """That of two ranks together."""
         return replace(self, error=max(self.error, other.error), covered=self.covered | other.covered)
 
-    def fault(self, tolerance: float) -> str | None:
-        """What is wrong with it, None where nothing is."""
+    def fault(self, tolerance: float, floor: float = 0.0) -> str | None:
+        """What is wrong with it, None where nothing is. Entries below `floor` are what sums that cancel leave over."""
         boxes = {_ends(offsets, shape): 0 for offsets, shape in self.covered}
         whole, missing = math.prod(self.shape), sum(map(volume, uncovered(self.shape, boxes)))
         if missing:
@@ -154,7 +161,7 @@ class Difference:
             return f"{self.name}: what ranks hold overlaps, and is not the same"
         if self.scale == 0 and self.name.startswith("gradient."):
             return f"{self.name}: no gradient on one rank. An expert without tokens? Take a larger data.sequence_length"
-        if not self.relative <= tolerance:
+        if not self.error <= (tolerance * self.scale if self.scale >= floor else floor):
             return f"{self.name}: off by {self.relative:.1e} of its largest entry {self.scale:.1e}"
         return None
 
@@ -205,11 +212,25 @@ class Comparison:
             if not off_by(got, wanted) <= tolerance
         ]
         found += [f"{name}: one rank has no such tensor" for name in self.strangers]
-        return found + [fault for one in self.tensors.values() if (fault := one.fault(tolerance))]
+        floors = self.floors()
+        faults = (one.fault(tolerance, floors[one.kind]) for one in self.tensors.values())
+        return found + [fault for fault in faults if fault]
 
     def worst(self) -> list[Difference]:
-        """All tensors, the farthest off first."""
-        return sorted(self.tensors.values(), key=lambda one: -one.relative)
+        """All tensors, the farthest off first; those that are zero but for rounding last."""
+        floors = self.floors()
+        return sorted(self.tensors.values(), key=lambda one: (one.scale < floors[one.kind], -one.relative))
+
+    def floors(self) -> dict[str, float]:
+        """Kind -> the largest entry of any tensor of that kind times what fp32 can tell apart.
+
+        Some gradients are zero for a mathematician, as that of the bias of keys, which a softmax does not see. What stands
+        there instead is the rounding of far larger numbers, another one in every layout.
+        """
+        scales: dict[str, float] = {}
+        for one in self.tensors.values():
+            scales[one.kind] = max(scales.get(one.kind, 0.0), one.scale)
+        return {kind: ZERO * scale for kind, scale in scales.items()}
 
 
 def off_by(got: float, wanted: float) -> float:
@@ -232,7 +253,12 @@ def compare(config: RunConfig, context: ParallelContext, steps: int = 3) -> Comp
     wholes = _from_first(reference.tensors if reference else {}, shapes, context)
     found = [encoded(difference(name, seen.tensors.get(name), whole)) for name, whole in wholes]
     strangers = sorted(seen.tensors.keys() - shapes.keys())
-    ranks = _gather_json({"numbers": seen.numbers, "tensors": found, "strangers": strangers}, context)
+    report = {"numbers": seen.numbers, "tensors": found, "strangers": strangers}
+    return together(_gather_json(report, context), wanted)
+
+
+def together(ranks: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> Comparison:
+    """The reports of all ranks, as JSON has them, against the numbers of one rank."""
     numbers = {name: max((r["numbers"][name] for r in ranks), key=lambda n: off_by(n, wanted[name])) for name in wanted}
     return Comparison(
         {name: (got, wanted[name]) for name, got in numbers.items()},

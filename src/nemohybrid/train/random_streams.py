@@ -1,8 +1,8 @@
 """Random numbers while a run is on: which ranks draw the same ones, and how they go on after a resume.
 
-Nothing random happens in a step today, but a mixer of a user's own may drop units. What it draws must be the same on ranks
-that hold the same tokens, and differ on others. A stream therefore belongs to a purpose and to the place of a rank, not to
-its number: rank 1 of two tensor ranks and rank 1 of two data ranks are different places.
+Nothing random happens in a step today, but a mixer of a user's own may drop units. What it draws must be the same on all
+tensor ranks, which mostly compute the same with it, and differ on data ranks. A stream therefore belongs to a purpose and to
+the place of a rank, not to its number: rank 1 of two tensor ranks and rank 1 of two data ranks are different places.
 """
 
 import hashlib
@@ -35,9 +35,8 @@ class RandomStreams:
         return sizes | {"sequence": int(self.context.sequence)}
 
     def start(self, step: int = 0) -> None:
-        """Seed the streams as of `step`. Tensor ranks that hold the same tokens draw the same numbers."""
-        tokens = f"tokens{self.context.tokens.rank}" if self.context.world_size > 1 else "tokens0"
-        digest = hashlib.sha256(f"{self.seed}/{step}/{tokens}".encode()).digest()
+        """Seed the streams as of `step`, alike on the tensor ranks of a data rank."""
+        digest = hashlib.sha256(f"{self.seed}/{step}/data{self.context.data.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # of every device
 
     def states(self) -> dict[str, Tensor]:

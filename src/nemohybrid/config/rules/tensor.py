@@ -1,6 +1,6 @@
 """Rules of tensor and sequence parallelism: what the ranks that share every matrix must be able to share equally.
 
-The vocabulary has no rule: its rows are cut unevenly.
+The vocabulary is cut unevenly: it needs no more than a row for every rank.
 """
 
 import math
@@ -70,6 +70,16 @@ def mlp_over_tensor(now: Situation) -> Violation | None:
 def experts_over_tensor(now: Situation) -> Violation | None:
     """Every tensor rank holds a part of every expert, and of the shared one."""
     return _equally(now, "E")
+
+
+@rule(RUN_RULES)
+def vocabulary_over_tensor(now: Situation) -> Violation | None:
+    """A rank without a row would have nothing to look tokens up in."""
+    rows, ranks = now.config.model.vocab_size or 0, now.config.parallel.tensor
+    if rows >= ranks:
+        return None
+    legal = {"model.vocab_size": f"{ranks} or more", "parallel.tensor": f"up to {rows}"}
+    return Violation(f"parallel.tensor={ranks}", f"has more ranks than the vocabulary of {rows} has rows", legal)
 
 
 @rule(RUN_RULES)
