@@ -64,4 +64,4 @@ def test_the_norm_of_many_elements_is_not_their_rounding():
     """torch's own norm of 30 million fp32 elements on a CPU is 2e-3 off, so that clipping would depend on the layout."""
     parameter = torch.nn.Parameter(torch.zeros(5000, 6000))
     parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gradient_norm([parameter]).double(), parameter.grad.double().norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient_norm([parameter]).double(), parameter.grad.double().norm(), rtol=5e-6, atol=0)
