@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemohybrid.config.model import ModelConfig
+from nemohybrid.errors import ConfigError
 from nemohybrid.model.init import normal
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.collectives import largest_over, sum_over
@@ -43,6 +44,8 @@ class VocabularyMatrix(nn.Module):
         self.weight = parameter(piece, shard=Shard(axis=0, even=False), context=context)
         self.whole_tokens = TensorRanks(context.tensor if context else Group())
         layout = layout_of(self.weight)
+        if shape[0] < layout.ranks:
+            raise ConfigError(f"a vocabulary of {shape[0]} rows cannot be shared by {layout.ranks} tensor ranks")
         firsts, counts = zip(*(self._rows(replace(layout, rank=rank)) for rank in range(layout.ranks)), strict=True)
         self.first, self.columns, self.columns_of_ranks = firsts[layout.rank], counts[layout.rank], list(counts)
 

@@ -7,6 +7,7 @@ after `finish`. Cut parameters are views of FSDP's own storage, so that optimize
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -69,12 +70,10 @@ class Sharded:
         for name, tensor in model.named_parameters():
             attach(tensor, replace(layouts[name], rows=_rows(layouts[name], context)))
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name -> what this rank trains of it; made once the model has memory."""
-        if not hasattr(self, "_parameters"):
-            self._parameters = {name: _own(tensor) for name, tensor in self.model.named_parameters()}
-        return self._parameters
+        return {name: _own(tensor) for name, tensor in self.model.named_parameters()}
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
@@ -119,10 +118,8 @@ def _cut(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     for (module, _), (following, casting) in pairwise(units):
-        groups = (
-            [following, *casting[:1]] if dtype != torch.float32 else [following]
-        )  # the second, by any of its modules
-        module.set_modules_to_forward_prefetch(groups)  # pyright: ignore[reportCallIssue]
+        also = casting[:1] if dtype != torch.float32 else []  # any of its modules stands for the second group
+        module.set_modules_to_forward_prefetch([following, *also])  # pyright: ignore[reportCallIssue]
     return root
 
 
