@@ -94,6 +94,16 @@ CASES = {
         ["data.sequence_length=65", "4 tensor ranks", "data.sequence_length=64, 68", "parallel.sequence=false"],
         ["data.sequence_length=65"],
     ),
+    "vocabulary_over_tensor": (
+        ["parallel.tensor=2", "model.vocab_size=1"],
+        [
+            "parallel.tensor=2",
+            "more ranks than the vocabulary of 1",
+            "model.vocab_size=2 or more",
+            "parallel.tensor=up to 1",
+        ],
+        ["model.vocab_size=1024"],
+    ),
     "output_norms_of_whole_outputs": (
         ["parallel.tensor=2", "logging.output_norms=10"],
         ["logging.output_norms=10", "2 tensor ranks", "logging.output_norms=0", "parallel.tensor=1"],
