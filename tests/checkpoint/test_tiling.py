@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemohybrid.checkpoint.tiling import Box, Held, overlap, volume
+from nemohybrid.checkpoint.tiling import Held, Ranges, overlap, volume
 
 PINWHEEL = [((0, 1), (0, 2)), ((0, 2), (2, 3)), ((2, 3), (1, 3)), ((1, 3), (0, 1)), ((1, 2), (1, 2))]
 
 
-def held(shape: tuple[int, ...], *boxes: Box) -> Held:
+def held(shape: tuple[int, ...], *boxes: Ranges) -> Held:
     """One box a rank."""
     tensor = Held(shapes={shape: 0})
     for rank, box in enumerate(boxes):
@@ -20,12 +20,12 @@ def held(shape: tuple[int, ...], *boxes: Box) -> Held:
     return tensor
 
 
-def values_of(box: Box) -> set[tuple[int, ...]]:
+def values_of(box: Ranges) -> set[tuple[int, ...]]:
     return set(itertools.product(*(range(*ends) for ends in box)))
 
 
 @st.composite
-def boxes_and_shape(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+def boxes_and_shape(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Ranges]]:
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     sides = [
         st.integers(0, size - 1).flatmap(lambda a, n=size: st.tuples(st.just(a), st.integers(a, n))) for size in shape

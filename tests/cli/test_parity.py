@@ -11,7 +11,8 @@ import torch.distributed.tensor  # slow imports, once, before ranks are forked
 from forked import run_world
 from layouts import Layout, run_config
 
-from nemohybrid.cli.parity import completed, composed, parser, verdict
+from nemohybrid.cli.parity import completed, composed, parser
+from nemohybrid.cli.parity_report import verdict
 from nemohybrid.errors import ConfigError
 from nemohybrid.parallel import gradients
 from nemohybrid.parallel.context import Group, ParallelContext

@@ -51,7 +51,7 @@ def test_four_ranks_share_a_model_that_one_then_writes_with_exports_and_trains_o
     ]
     done = torchrun(fresh, *words, *sharing, "train.stop_at=2", ranks=4)
     assert done.returncode == 0, done.stderr
-    assert "on 4 x cpu (tensor 2 with sequence parallelism, data 2 full_shard over 2)" in done.stdout
+    assert "on 4 x cpu, tensor 2 (sequence parallel) x data 2 (full_shard), " in done.stdout
     assert done.stdout.count("----- sample 1 -----\nROMEO") == 1
     code, text, told = nemohybrid("generate", "--checkpoint", "run", "--prompt", "ROMEO", "--max-new-tokens", "3")
     assert (code, text[:5]) == (0, "ROMEO"), told

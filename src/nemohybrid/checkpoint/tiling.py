@@ -13,7 +13,7 @@ import torch
 
 from nemohybrid.checkpoint.metadata import Shape
 
-Box = tuple[tuple[int, int], ...]
+Ranges = tuple[tuple[int, int], ...]
 """Where a box begins and ends, an axis each. A scalar is the box ()."""
 
 
@@ -23,7 +23,7 @@ class Held:
 
     shapes: dict[Shape, int] = field(default_factory=dict)
     dtypes: dict[torch.dtype, int] = field(default_factory=dict)
-    boxes: dict[Box, int] = field(default_factory=dict)
+    boxes: dict[Ranges, int] = field(default_factory=dict)
 
     def add(self, rank: int, dtype: torch.dtype, offsets: Shape, sizes: Shape) -> None:
         """Count in a box of a rank; the same box on several ranks is one."""
@@ -55,7 +55,7 @@ class Held:
         return f"no rank holds {written(name, min(free))}: {missing}" if free else None
 
 
-def uncovered(shape: Shape, boxes: dict[Box, int]) -> list[Box]:
+def uncovered(shape: Shape, boxes: dict[Ranges, int]) -> list[Ranges]:
     """Boxes that together are what `boxes` leave out of a tensor.
 
     Sorted boxes are taken away one after the other: of a regular cut, what is left is then never more than a few.
@@ -67,11 +67,11 @@ def uncovered(shape: Shape, boxes: dict[Box, int]) -> list[Box]:
     return free
 
 
-def without(region: Box, box: Box) -> list[Box]:
+def without(region: Ranges, box: Ranges) -> list[Ranges]:
     """What of `region` lies outside `box`: for each axis at most one box before it and one behind it."""
     if not overlap(region, box):
         return [region]
-    outside: list[Box] = []
+    outside: list[Ranges] = []
     for axis, ((begin, end), (first, last)) in enumerate(zip(region, box, strict=True)):
         before, behind = region[:axis], region[axis + 1 :]
         outside += [(*before, cut, *behind) for cut in ((begin, first), (last, end)) if cut[0] < cut[1]]
@@ -79,17 +79,17 @@ def without(region: Box, box: Box) -> list[Box]:
     return outside
 
 
-def overlap(one: Box, other: Box) -> bool:
+def overlap(one: Ranges, other: Ranges) -> bool:
     """Whether two boxes, none of them empty, have something in common."""
     return all(a < end and b < stop for (a, stop), (b, end) in zip(one, other, strict=True))
 
 
-def volume(box: Box) -> int:
+def volume(box: Ranges) -> int:
     """How many values a box has."""
     return math.prod(end - begin for begin, end in box)
 
 
-def written(name: str, box: Box) -> str:
+def written(name: str, box: Ranges) -> str:
     """A box as Python indexes it: `weight[0:2, 6:8]`."""
     return f"{name}[{', '.join(f'{begin}:{end}' for begin, end in box)}]" if box else name
 

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from nemohybrid.cli.arguments import started_ranks, whole_number
 from nemohybrid.cli.initial_model import with_initial_model
+from nemohybrid.cli.parity_report import introduction, table, verdict
 from nemohybrid.config.compose import compose_raw, load_config
 from nemohybrid.config.overrides import usable_overrides
-from nemohybrid.config.ranks import shard_ranks
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import ConfigError, Stopped, TrainingError
 
 if TYPE_CHECKING:
     from nemohybrid.parallel.context import ParallelContext
-    from nemohybrid.train.parity import Comparison
 
 NOTHING_TO_COMPARE = 2
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2}
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--ranks",
-        type=_count,
+        type=whole_number,
         help="processes to start; default: parallel.tensor x parallel.data, or x 2 where that is auto",
     )
     p.add_argument("--dtype", choices=tuple(TOLERANCES), default="float32", help="instead of model.dtype")
@@ -95,15 +95,9 @@ def parser() -> argparse.ArgumentParser:
         help="largest error, as a share of the largest entry of a tensor; default: 1e-5, with bfloat16 5e-2, as sums of "
         "parts are rounded; five times that with more than 4 tensor ranks",
     )
-    p.add_argument("--steps", type=_count, default=3, help="optimizer steps (default 3)")
-    p.add_argument("--top", type=_count, default=10, help="rows of the table of the worst tensors (default 10)")
+    p.add_argument("--steps", type=whole_number, default=3, help="optimizer steps (default 3)")
+    p.add_argument("--top", type=whole_number, default=10, help="rows of the table of the worst tensors (default 10)")
     return p
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _share(text: str) -> float:
@@ -119,14 +113,14 @@ def _share(text: str) -> float:
 def main(argv: list[str]) -> int:
     """Compare on the ranks of torchrun, or start some; returns the exit status."""
     args = parser().parse_intermixed_args(argv)
-    started = _started_ranks(args.ranks)
+    started = _ranks_of_torchrun(args.ranks)
     config, ranks = composed(completed(with_initial_model(args.overrides), args.dtype), started or args.ranks)
     many = 5 if config.parallel.tensor > MANY else 1
     args.tolerance = args.tolerance or many * TOLERANCES[args.dtype]
     if ranks == 1:
         print(_NOTHING)
         return NOTHING_TO_COMPARE
-    return check(config, ranks, args) if started else launch(argv, config, ranks)
+    return check(config, args) if started else launch(argv, config, ranks)
 
 
 _NOTHING = (
@@ -135,16 +129,12 @@ _NOTHING = (
 )
 
 
-def _started_ranks(asked: int | None) -> int | None:
-    """How many ranks torchrun has started; None without it."""
-    text = os.environ.get("WORLD_SIZE")
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"the environment variable WORLD_SIZE={text} is no number of processes; torchrun sets it")
-    if asked is not None and asked != int(text):
-        raise ConfigError(f"--ranks {asked}: torchrun has started {text} processes already; leave --ranks out")
-    return int(text)
+def _ranks_of_torchrun(asked: int | None) -> int | None:
+    """How many ranks torchrun has started; None without it. Raises ConfigError where others are asked for."""
+    started = started_ranks()
+    if started and asked not in (None, started):
+        raise ConfigError(f"--ranks {asked}: torchrun has started {started} processes already; leave --ranks out")
+    return started
 
 
 def completed(words: Sequence[str], dtype: str) -> list[str]:
@@ -209,22 +199,20 @@ def _check_gpus(device: str, ranks: int) -> None:
         )
 
 
-def check(config: RunConfig, ranks: int, args: argparse.Namespace) -> int:
+def check(config: RunConfig, args: argparse.Namespace) -> int:
     """Compare on this rank, one of those torchrun started; rank 0 tells what was found."""
     from nemohybrid.parallel import context as world
     from nemohybrid.train.parity import compare
-    from nemohybrid.train.run import check_agreement
+    from nemohybrid.train.run import check_agreement, join, say
     from nemohybrid.train.trainer import use_threads
 
-    cluster, layout = config.cluster, config.parallel
-    sizes = layout.tensor, shard_ranks(config, ranks), layout.sequence
-    context = world.start(config.run.device, cluster.backend, cluster.timeout_minutes, *sizes)
+    context = join(config)
     with _in_plain_words(context):
         check_agreement(config, context)
         use_threads(config.train.threads)
-        _say(context, introduction(config, context, args.steps))
+        say(context, introduction(config, context, args.steps))
         comparison = compare(config, context, args.steps)
-        _say(context, *table(comparison, args.top), *verdict(comparison, context, config, args))
+        say(context, *table(comparison, args.top), *verdict(comparison, context, config, args))
         world.stop()
     return 1 if comparison.faults(args.tolerance) else 0
 
@@ -245,74 +233,3 @@ def _in_plain_words(context: "ParallelContext") -> Iterator[None]:
                 f"raise cluster.timeout_minutes. What was heard here: {error}"
             ) from error
         raise
-
-
-def _say(context: "ParallelContext", *lines: str) -> None:
-    """Rank 0 speaks for all."""
-    for line in lines if context.is_main else ():
-        print(line, flush=True)
-
-
-def introduction(config: RunConfig, context: "ParallelContext", steps: int) -> str:
-    """Model, layout and work in one line."""
-    model, train = config.model, config.train
-    return (
-        f"parity: {model.name} ({model.pattern}) under {described(config, context)} against one rank, {steps} steps of "
-        f"{train.global_batch} x {config.data.sequence_length} tokens, {model.dtype} on "
-        f"{context.world_size} x {context.device.type}"
-    )
-
-
-def described(config: RunConfig, context: "ParallelContext") -> str:
-    """`tensor 2 (sequence parallel) x data 2 (full_shard)`."""
-    tensor, data, shard = context.tensor.size, context.data.size, context.shard.size
-    mode = config.parallel.data_mode if shard > 1 else "replicate"
-    copies = f", {data // shard} copies of {shard} ranks" if 1 < shard < data else ""
-    axes = [f"tensor {tensor}{' (sequence parallel)' * context.sequence}"] if tensor > 1 else []
-    return " x ".join([*axes, *([f"data {data} ({mode}{copies})"] if data > 1 else [])])
-
-
-def table(comparison: "Comparison", top: int) -> Iterator[str]:
-    """Losses and norms side by side, and the tensors that are farthest off."""
-    from nemohybrid.train.parity import off_by
-
-    yield f"{'':28}{'layout':>12}{'one rank':>12}{'difference':>12}"
-    for name, (got, wanted) in comparison.numbers.items():
-        yield f"{name:28}{got:>12.6g}{wanted:>12.6g}{off_by(got, wanted):>12.1e}"
-    yield f"{'error':>10}{'largest entry':>15}  gradients of step 1 and weights after the last; errors as shares"
-    for one in comparison.worst()[:top]:
-        yield f"{one.relative:>10.1e}{one.scale:>15.1e}  {one.name}"
-
-
-def verdict(
-    comparison: "Comparison", context: "ParallelContext", config: RunConfig, args: argparse.Namespace
-) -> Iterator[str]:
-    """One line where all is well; else the first faults and what to do."""
-    worst, faults, tolerance = comparison.worst()[0].relative, comparison.faults(args.tolerance), args.tolerance
-    compared = f"{len(comparison.tensors)} tensors compared, worst {worst:.1e}, tolerance {tolerance:.0e}"
-    if not faults:
-        yield f"{compared}: the layout equals one rank"
-        return
-    yield f"{compared}: the layout does NOT equal one rank, {len(faults)} fault{'s' * (len(faults) > 1)}:"
-    yield from (f"  {fault}" for fault in faults[: args.top])
-    yield from [f"  and {len(faults) - args.top} more; --top shows more of them"] if len(faults) > args.top else []
-    yield "What to do:"
-    yield from (f"  - {line}" for line in advice(context, config, worst, tolerance))
-
-
-def advice(context: "ParallelContext", config: RunConfig, worst: float, tolerance: float) -> Iterator[str]:
-    """What may be the reason, and how to find out."""
-    model, data, tensor = config.model, context.data.size, context.tensor.size
-    experts = "E" in model.pattern
-    if experts and model.router.aux_loss == "global" and data > 1:
-        yield "compare with model.router.aux_loss=sequence: with global, data ranks know other loads (docs/moe.md)"
-    if model.dtype != "float32":
-        others = ", and chooses among experts of nearly equal scores" if experts else ""
-        yield f"compare with --dtype float32: where that passes, it is {model.dtype}, which rounds sums of parts{others}"
-        return
-    if tolerance < worst < 10 * tolerance:
-        yield f"it may be rounding, as faults are mostly 1e-2 and more: compare with --tolerance {10 * tolerance:.0e}"
-    smaller = [*["parallel.sequence=false"] * context.sequence, *["parallel.tensor=1"] * (tensor > 1)]
-    smaller += ["parallel.data_mode=replicate"] if context.shard.size > 1 else []
-    yield f"see which part it is: {', '.join([*smaller, 'fewer symbols in model.pattern'])}"
-    yield "do not train with this layout before that is known; please report it with this output"

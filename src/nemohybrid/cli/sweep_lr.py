@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemohybrid.cli.arguments import whole_number
 from nemohybrid.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -49,18 +50,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lrs", nargs="+", type=_rate, required=True, metavar="RATE", help="peak learning rates")
     parser.add_argument(
-        "--seeds", type=_count, default=3, help="runs of each arm and rate: run.seed, run.seed + 1, ..."
+        "--seeds", type=whole_number, default=3, help="runs of each arm and rate: run.seed, run.seed + 1, ..."
     )
-    parser.add_argument("--steps", type=_count, default=150, help="optimizer steps of a run")
-    parser.add_argument("--measure-every", type=_count, default=10, help="steps between two looks at the outputs")
+    parser.add_argument("--steps", type=whole_number, default=150, help="optimizer steps of a run")
+    parser.add_argument("--measure-every", type=whole_number, default=10, help="steps between two looks at the outputs")
     parser.add_argument("--output", type=Path, required=True, help="folder of the records and the report")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _rate(text: str) -> float:
@@ -92,15 +87,15 @@ def chosen_arms(
 def sweep(args: argparse.Namespace, signals: "StopSignals") -> int:
     """Every cell that is missing, one after the other; the report is written whatever happens."""
     from nemohybrid.observe.lr_sweep import markdown, write_report
-    from nemohybrid.parallel import context as world
     from nemohybrid.train.lock import only_job_in
     from nemohybrid.train.lr_sweep import ARMS, Sweep, run_cells
+    from nemohybrid.train.run import join
     from nemohybrid.train.signals import exit_status
 
     arms = chosen_arms(args.arms, args.arm, ARMS)
     plan = Sweep(args.overrides, arms, args.lrs, args.seeds, args.steps, args.output, args.measure_every)
     config = next(plan.cells())[1]
-    context = world.start(config.run.device, config.cluster.backend, config.cluster.timeout_minutes)
+    context = join(config)
     with only_job_in(args.output):
         try:
             stopped = run_cells(plan, context, signals)

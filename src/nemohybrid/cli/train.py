@@ -1,11 +1,11 @@
 """`nemohybrid train OVERRIDE...`: compose the configuration, then train or resume."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemohybrid.cli.arguments import started_ranks
 from nemohybrid.cli.initial_model import with_initial_model
 from nemohybrid.config.compose import compose_raw, finish, load_config, register_schema
 from nemohybrid.config.groups import configs_dir
@@ -30,7 +30,7 @@ HYDRA_QUIET = (
 
 def main(argv: list[str]) -> int:
     """Flags of Hydra's own go to Hydra; everything else is composed here, without its output folders and logging."""
-    world_size = _world_size()
+    world_size = started_ranks() or 1
     argv = with_initial_model(argv)
     if any(word in SWEEP_FLAGS for word in argv):
         if world_size > 1:
@@ -39,13 +39,6 @@ def main(argv: list[str]) -> int:
     if any(word.split("=")[0] in HYDRA_FLAGS for word in argv):
         return show(argv)
     return train(load_config(argv, world_size))
-
-
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"the environment variable WORLD_SIZE={text} is no number of processes; torchrun sets it")
-    return int(text)
 
 
 def show(argv: list[str]) -> int:
@@ -112,13 +105,10 @@ def train(config: RunConfig) -> int:
     from nemohybrid.train.signals import StopSignals, exit_status
 
     with StopSignals() as signals:  # before the imports that take seconds
-        from nemohybrid.config.ranks import shard_ranks
         from nemohybrid.parallel import context as world
-        from nemohybrid.train.run import run
+        from nemohybrid.train.run import join, run
 
-        cluster, layout = config.cluster, config.parallel
-        sizes = layout.tensor, shard_ranks(config, world.world_from_environment()[2]), layout.sequence
-        parallel = world.start(config.run.device, cluster.backend, cluster.timeout_minutes, *sizes)
+        parallel = join(config)
         trainer = run(config, parallel, signals)
         world.stop()
     return exit_status(trainer.stopped_by)

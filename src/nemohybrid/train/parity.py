@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemohybrid.checkpoint.tiling import Box, uncovered, volume
+from nemohybrid.checkpoint.tiling import Ranges, uncovered, volume
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.parallel.collectives import gather_bytes, largest
 from nemohybrid.parallel.context import ParallelContext
@@ -166,7 +166,7 @@ class Difference:
         return None
 
 
-def _ends(offsets: tuple[int, ...], shape: tuple[int, ...]) -> Box:
+def _ends(offsets: tuple[int, ...], shape: tuple[int, ...]) -> Ranges:
     return tuple((start, start + n) for start, n in zip(offsets, shape, strict=True))
 
 

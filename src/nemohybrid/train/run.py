@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from nemohybrid.checkpoint.world import World
+from nemohybrid.config.ranks import shard_ranks
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml
 from nemohybrid.errors import ConfigError
 from nemohybrid.observe.accounting import total_cost
+from nemohybrid.parallel import context as world
 from nemohybrid.parallel.collectives import gather_bytes
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.plan.memory import check_fits
@@ -18,6 +20,14 @@ from nemohybrid.train.process import allow_many_files, keep_freed_memory
 from nemohybrid.train.random_streams import RandomStreams
 from nemohybrid.train.signals import StopSignals, name_of
 from nemohybrid.train.trainer import Trainer, use_threads
+
+
+def join(config: RunConfig) -> ParallelContext:
+    """Meet the other ranks of the job, divided as the configuration says. Once a process; `parallel.context.stop` ends it."""
+    _, _, ranks = world.world_from_environment()
+    cluster, layout = config.cluster, config.parallel
+    sizes = layout.tensor, shard_ranks(config, ranks), layout.sequence
+    return world.start(config.run.device, cluster.backend, cluster.timeout_minutes, *sizes)
 
 
 def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None = None) -> Trainer:
@@ -35,9 +45,9 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
         folder = Path(config.run.dir)
         with only_job_in(folder) as notes:
             warnings = World().together(lambda: check_fits(config, context))
-            _say(context, *notes, _introduction(config, context), *warnings, *_for_benchmarks_only(config))
+            say(context, *notes, _introduction(config, context), *warnings, *_for_benchmarks_only(config))
             trainer = Trainer(config, context, standard(config, context.is_main))
-            _say(context, *_describe_data(trainer), *trainer.resume())
+            say(context, *_describe_data(trainer), *trainer.resume())
             if not trainer.is_complete:
                 _train(trainer, folder, signals)
     return trainer
@@ -47,9 +57,9 @@ def _train(trainer: Trainer, folder: Path, signals: StopSignals | None) -> None:
     context = trainer.context
     if context.is_main:  # only now: a refused resume must not change what the folder says about itself
         (folder / "config.yaml").write_text(config_yaml(trainer.config))
-        _say(context, *trainer.checkpoints.space_warnings(trainer.model))
+        say(context, *trainer.checkpoints.space_warnings(trainer.model))
     trainer.fit(signals)
-    _say(context, _stopped(trainer) if trainer.stopped_by else _conclusion(trainer, folder))
+    say(context, _stopped(trainer) if trainer.stopped_by else _conclusion(trainer, folder))
 
 
 def check_agreement(config: RunConfig, context: ParallelContext) -> None:
@@ -63,7 +73,7 @@ def check_agreement(config: RunConfig, context: ParallelContext) -> None:
         )
 
 
-def _say(context: ParallelContext, *lines: str) -> None:
+def say(context: ParallelContext, *lines: str) -> None:
     """Rank 0 speaks for all."""
     for line in lines if context.is_main else ():
         print(line, flush=True)
@@ -83,25 +93,23 @@ def _stopped(trainer: Trainer) -> str:
 
 def _introduction(config: RunConfig, context: ParallelContext) -> str:
     cost = total_cost(config.model, config.data.sequence_length)
-    pattern = parse_pattern(config.model.pattern)
+    pattern, layout = parse_pattern(config.model.pattern), described(config, context)
     return (
         f"{config.model.name}: {pattern.main} ({pattern.num_layers} layers), {cost.parameters:,} parameters"
         f"{f', {cost.active:,} active' if cost.active != cost.parameters else ''}\n"
         f"{config.train.steps} steps of {config.train.global_batch} x {config.data.sequence_length} tokens, "
-        f"{config.model.dtype} on {context.world_size} x {context.device.type}{_layout(config, context)}, "
+        f"{config.model.dtype} on {context.world_size} x {context.device.type}{f', {layout}' if layout else ''}, "
         f"run folder {config.run.dir}"
     )
 
 
-def _layout(config: RunConfig, context: ParallelContext) -> str:
-    """` (tensor 2 with sequence parallelism, data 4 full_shard over 2)`; nothing for a world of one."""
-    parts = []
-    if context.tensor.size > 1:
-        parts.append(f"tensor {context.tensor.size}{' with sequence parallelism' if context.sequence else ''}")
-    if context.data.size > 1:
-        cut = f"{config.parallel.data_mode} over {context.shard.size}" if context.shard.size > 1 else "replicate"
-        parts.append(f"data {context.data.size} {cut}")
-    return f" ({', '.join(parts)})" if parts else ""
+def described(config: RunConfig, context: ParallelContext) -> str:
+    """How ranks share the work: `tensor 2 (sequence parallel) x data 2 (full_shard)`; nothing for a world of one."""
+    tensor, data, shard = context.tensor.size, context.data.size, context.shard.size
+    mode = config.parallel.data_mode if shard > 1 else "replicate"
+    copies = f", {data // shard} copies of {shard} ranks" if 1 < shard < data else ""
+    axes = [f"tensor {tensor}{' (sequence parallel)' * context.sequence}"] if tensor > 1 else []
+    return " x ".join([*axes, *([f"data {data} ({mode}{copies})"] if data > 1 else [])])
 
 
 def _for_benchmarks_only(config: RunConfig) -> list[str]:
