@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from nemohybrid.cli.arguments import whole_number
 from nemohybrid.data.corpus import Corpus
 from nemohybrid.data.inspect import describe, printable, show_document, tokenizer_of_corpus
 from nemohybrid.data.prepare import Prepared, PrepareOptions, prepare
@@ -92,9 +91,9 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     add("--separator", metavar="LINE", help=separator)
     on_error = "a document that cannot be read: stop there (default), or skip it and say so at the end"
     add("--on-error", choices=("stop", "skip"), default="stop", help=on_error)
-    add("--workers", type=whole_number, metavar="N", help="processes that encode (default: the cores they may use)")
+    add("--workers", type=_positive, metavar="N", help="processes that encode (default: the cores they may use)")
     train_bytes = f"of text that bpe:SIZE learns from, evenly from all files (default: {TRAIN_BYTES})"
-    add("--train-bytes", type=whole_number, default=TRAIN_BYTES, metavar="N", help=train_bytes)
+    add("--train-bytes", type=_positive, default=TRAIN_BYTES, metavar="N", help=train_bytes)
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
@@ -146,3 +145,10 @@ def _inspect(args: argparse.Namespace) -> int:
         shown = show_document(corpus, number, tokenizer)
         print(printable(shown) if sys.stdout.isatty() else shown)  # a file gets the text as it is
     return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value

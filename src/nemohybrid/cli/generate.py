@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
-from nemohybrid.cli.arguments import whole_number
-
 EXAMPLE = """example:
   nemohybrid generate --checkpoint runs/quickstart --prompt 'ROMEO.' --prompt 'Enter' --max-new-tokens 200"""
 
@@ -21,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest sound one)"
     )
     p.add_argument("--prompt", action="append", required=True, help="give it again for a batch")
-    p.add_argument("--max-new-tokens", type=whole_number, default=200)
+    p.add_argument("--max-new-tokens", type=_positive, default=200)
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     p.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     p.add_argument("--top-k", type=int, default=0, help="sample among this many tokens; 0: all")
@@ -32,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--speculative",
         nargs="?",
-        type=whole_number,
+        type=_positive,
         const=0,
         metavar="N",
         help="draft N tokens a step with the MTP blocks (default: their depths), prompt by prompt; the text is that of "
@@ -40,6 +38,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--no-stream", action="store_true", help="print when all is done; a batch is never streamed")
     return p
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
 
 
 def main(argv: list[str]) -> int:
