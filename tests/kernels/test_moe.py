@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nemohybrid_kernels.errors import BackendError
 from nemohybrid_kernels.moe import expert_mlp
 from nemohybrid_kernels.moe.grouped import expert_mlp_grouped
-from nemohybrid_kernels.moe.products import GROUPED_MM, SEGMENTS, obstacle, products_for, usual_height
+from nemohybrid_kernels.moe.products import GROUPED_MM, SEGMENTS, Products, obstacle, products_for, usual_height
 from nemohybrid_kernels.moe.reference import expert_mlp_torch
 from nemohybrid_kernels.moe.visits import sort_by_expert
 
@@ -177,6 +177,69 @@ def test_two_runs_are_equal_bit_by_bit(run, results_and_gradients):
         assert torch.equal(tensor, second[name]), f"{name} differs between two runs"
 
 
+def with_rubbish_at_nobody(products):
+    """Rows of nobody hold what the memory held before: here what spoils every sum it enters."""
+
+    def rows(left, matrices, visits):
+        out = products.rows(left, matrices, visits)
+        out[visits.ends[-1] :] = torch.nan
+        return out
+
+    return Products(rows, products.matrices)
+
+
+WITH_RUBBISH = {
+    "loop": expert_mlp_torch,
+    "segments": partial(expert_mlp_grouped, products=with_rubbish_at_nobody(SEGMENTS)),
+    "grouped_mm": partial(expert_mlp_grouped, products=with_rubbish_at_nobody(GROUPED_MM)),
+}
+
+
+@pytest.mark.parametrize("activation", [squared_relu, gated_silu])
+@pytest.mark.parametrize(
+    "run, dtype",
+    [(run, dtype) for run in ANY_TYPE for dtype in DTYPES] + [("grouped_mm", torch.float32)],
+    ids=str,
+)
+def test_visits_to_nobody_add_nothing_and_get_no_gradient(run, dtype, activation, assert_same, results_and_gradients):
+    """As if their weight were zero; the tokens that visit nobody at all hold no numbers."""
+    E, K = 5, 3
+    inputs = moe_inputs(T=40, E=E, width=8, K=K, dtype=dtype, gated=activation is gated_silu)
+    nobody = torch.rand(40, K, generator=torch.Generator().manual_seed(1)) < 0.5
+    nobody[:7], nobody[7] = True, False
+    oracle = inputs | {"expert_weights": inputs["expert_weights"].masked_fill(nobody, 0)}
+    _, want = both(oracle, activation, results_and_gradients, WITH_RUBBISH[run])
+    want["d_expert_weights"] = want["d_expert_weights"].masked_fill(nobody, 0)
+    inputs["expert_ids"] = inputs["expert_ids"].masked_fill(nobody, E)
+    inputs["x"][:7] = torch.nan
+    got = results_and_gradients(lambda **i: (WITH_RUBBISH[run](**i, activation=activation, absent=True),), inputs)
+    assert_same(got, want, DTYPES[dtype])
+    for name in ("out0", "d_x"):
+        assert not got[name][:7].any(), name
+    assert not got["d_expert_weights"][nobody].any()
+
+
+@pytest.mark.parametrize("run", WITH_RUBBISH)
+def test_experts_whom_nobody_visits_at_all_get_zero_gradients(run, results_and_gradients):
+    inputs = moe_inputs(width=8, dtype=torch.float32)
+    inputs["expert_ids"].fill_(5)
+    got = results_and_gradients(lambda **i: (WITH_RUBBISH[run](**i, activation=squared_relu, absent=True),), inputs)
+    assert not any(tensor.any() for tensor in got.values())
+
+
+@pytest.mark.parametrize("run", IMPLEMENTATIONS)
+def test_where_nobody_is_absent_the_bits_are_the_same(run, results_and_gradients):
+    inputs = moe_inputs(T=60, width=8, dtype=torch.float32, K=3)
+    plain, asked = (
+        results_and_gradients(
+            lambda absent=absent, **i: (IMPLEMENTATIONS[run](**i, activation=squared_relu, absent=absent),), inputs
+        )
+        for absent in (False, True)
+    )
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, asked[name]), name
+
+
 def test_visits_are_sorted_by_expert_then_token_and_none_is_lost():
     visits = sort_by_expert(torch.tensor([[2, 0], [0, 3], [2, 3]]), experts=5)
     assert visits.order.tolist() == [1, 2, 0, 4, 3, 5], "visit t * K + k of token t"
@@ -190,7 +253,7 @@ def test_the_grouped_path_never_waits_for_the_host():
     """A meta tensor has no values: whatever asks for one raises, as it would stall a GPU."""
     inputs = moe_inputs(T=64, D=16, width=24, dtype=torch.bfloat16)
     leaves = {k: v.to("meta").requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
-    y = expert_mlp(**leaves, activation=squared_relu, backend="grouped")
+    y = expert_mlp(**leaves, activation=squared_relu, backend="grouped", absent=True)
     y.backward(torch.empty_like(y))
     assert all(leaf.grad is not None for leaf in leaves.values() if leaf.requires_grad)
     with pytest.raises(RuntimeError, match="meta"):

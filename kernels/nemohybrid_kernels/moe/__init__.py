@@ -21,6 +21,7 @@ def expert_mlp(
     *,
     activation: Callable[[Tensor], Tensor],
     backend: str = "auto",
+    absent: bool = False,
 ) -> Tensor:
     """Dropless experts: y_t = sum_k down[e] (w activation(up[e] x_t)), e = expert_ids[t, k], w = expert_weights[t, k].
 
@@ -30,6 +31,9 @@ def expert_mlp(
 
     Returns y like x. Differentiable in x, expert_weights, up and down; an expert without tokens gets zero gradients,
     not None. Deterministic: rows are sorted and gathered, never added by atomics.
+
+    absent: an id may also be E, which means nobody. Such a visit adds zero, and the gradients of its weight and of its
+    part of x are zero, whatever x holds. It takes memory like another, but no products.
 
     backend: "grouped" sorts once, keeps little, and multiplies all experts together, on GPUs by torch's grouped_mm (bf16,
     widths that are multiples of 8, Hopper or later); "torch" is its twin, a loop in plain autograd.
@@ -46,4 +50,4 @@ def expert_mlp(
 
     backends = {"grouped": Backend(expert_mlp_grouped, obstacle), "torch": Backend(expert_mlp_torch)}
     run = choose("expert_mlp", backend, backends, x.device)
-    return run(x, expert_ids, expert_weights, up, down, activation=activation)
+    return run(x, expert_ids, expert_weights, up, down, activation=activation, absent=absent)

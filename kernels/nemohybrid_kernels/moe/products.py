@@ -9,14 +9,14 @@ from torch import Tensor
 
 from nemohybrid_kernels.moe.visits import Visits
 
-# n rows, sorted by expert; E experts; I, O features in and out
+# n rows, sorted by expert, and after them those of nobody; E experts; I, O features in and out
 
 
 class Products(NamedTuple):
     """Two products that know which rows belong to which expert; both return new tensors of the rows' type."""
 
     rows: Callable[[Tensor, Tensor, Visits], Tensor]
-    """rows [n, I], matrices [E, I, O] -> [n, O]: every row times the matrix of its expert."""
+    """rows [n, I], matrices [E, I, O] -> [n, O]: every row times the matrix of its expert. Rows of nobody: anything."""
     matrices: Callable[[Tensor, Tensor, Visits], Tensor]
     """left [n, O], right [n, I] -> [E, O, I]: left^T right over the rows of each expert; zero where it has none."""
 
@@ -43,7 +43,7 @@ def _rows_by_segments(rows: Tensor, matrices: Tensor, visits: Visits) -> Tensor:
     start = 0
     for count, matrix in zip(visits.counts, matrices.unbind(), strict=True):
         end = start + usual_height(count, rows.dtype)
-        if end <= len(rows):  # surplus rows are those of later experts, who then write theirs
+        if end <= len(rows):  # surplus rows are those of later experts, who then write theirs, or of nobody
             torch.mm(rows[start:end], matrix, out=out[start:end])
         else:
             out[start:] = torch.mm(_pad(rows[start:], end - start), matrix)[: len(rows) - start]
@@ -53,6 +53,8 @@ def _rows_by_segments(rows: Tensor, matrices: Tensor, visits: Visits) -> Tensor:
 
 def _matrices_by_segments(left: Tensor, right: Tensor, visits: Visits) -> Tensor:
     out = left.new_empty(len(visits.ends), left.shape[1], right.shape[1])
+    if visits.absent:
+        left, right = left[: sum(visits.counts)], right[: sum(visits.counts)]
     segments = left.split(visits.counts), right.split(visits.counts), out.unbind()
     for of_left, of_right, result in zip(*segments, strict=True):
         height = usual_height(len(of_left), left.dtype)

@@ -18,16 +18,20 @@ def expert_mlp_torch(
     down: Tensor,
     *,
     activation: Callable[[Tensor], Tensor],
+    absent: bool = False,
 ) -> Tensor:
     """Arguments and result as in `nemohybrid_kernels.moe.expert_mlp`. Experts without tokens run too, on empty rows."""
     T, K = expert_ids.shape
-    visits = sort_by_expert(expert_ids, len(up))
+    visits = sort_by_expert(expert_ids, len(up), absent)
     counts = visits.counts
-    rows = spread(x, visits).split(counts)
-    weights = arrange(expert_weights.reshape(T * K, 1), visits).split(counts)
+    nobody = [T * K - sum(counts)] if absent else []
+    rows = spread(x, visits).split(counts + nobody)
+    weights = arrange(expert_weights.reshape(T * K, 1), visits).split(counts + nobody)
     outputs = []
     # `unbind` and `split`: indexing one expert out would cost a full tensor of zeros per expert in the backward.
-    for r, w, up_FD, down_DF in zip(rows, weights, up.to(x.dtype).unbind(), down.to(x.dtype).unbind(), strict=True):
+    matrices = up.to(x.dtype).unbind(), down.to(x.dtype).unbind()
+    for r, w, up_FD, down_DF in zip(rows[: len(up)], weights[: len(up)], *matrices, strict=True):
         hidden = activation(r @ up_FD.T) * w
         outputs.append(hidden.to(x.dtype) @ down_DF.T)
+    outputs += [x.new_zeros(count, x.shape[1]) for count in nobody]
     return restore(torch.cat(outputs), visits).view(T, K, x.shape[1]).sum(1)

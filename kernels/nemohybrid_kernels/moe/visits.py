@@ -13,12 +13,17 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Visits:
-    """The visits of tokens to experts, sorted by expert, those of one expert in order of token. Nothing is dropped."""
+    """The visits of tokens to experts, sorted by expert, those of one expert in order of token. Nothing is dropped.
+
+    With `absent` there may be visits to nobody, whose id is E. They come last, and what stands at their places is
+    nothing to rely on.
+    """
 
     order: Tensor  # [n] int64: the visit that stands at each place
     place: Tensor  # [n] int64: where each visit stands, the inverse of `order`
     ends: Tensor  # [E] int32: one past the place of each expert's last visit
     per_token: int  # K
+    absent: bool = False
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -35,7 +40,7 @@ class Visits:
         return per_visit.reshape(-1, 1).index_select(0, self.order)
 
 
-def sort_by_expert(expert_ids: Tensor, experts: int) -> Visits:
+def sort_by_expert(expert_ids: Tensor, experts: int, absent: bool = False) -> Visits:
     """expert_ids [T, K] -> their visits. The same on every run; on a GPU the host does not wait for it.
 
     Ends are looked up in the sorted ids: bincount would wait for the GPU, and count by atomics.
@@ -43,12 +48,18 @@ def sort_by_expert(expert_ids: Tensor, experts: int) -> Visits:
     ids, order = expert_ids.flatten().sort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
-    return Visits(order, place, ends, expert_ids.shape[1])
+    return Visits(order, place, ends, expert_ids.shape[1], absent)
 
 
 def sum_by_token(rows: Tensor, visits: Visits) -> Tensor:
     """rows [n, D] in order of expert -> [T, D]: every token gathers its K rows and adds them in order of k."""
-    return rows.index_select(0, visits.place).view(-1, visits.per_token, rows.shape[1]).sum(1)
+    return by_visit(rows, visits).view(-1, visits.per_token, rows.shape[1]).sum(1)
+
+
+def by_visit(rows: Tensor, visits: Visits) -> Tensor:
+    """rows [n, D] in order of expert -> [n, D] in order of visit; those of nobody are zero, whatever stands there."""
+    gathered = rows.index_select(0, visits.place)
+    return gathered.masked_fill_((visits.place >= visits.ends[-1])[:, None], 0) if visits.absent else gathered
 
 
 class _Spread(torch.autograd.Function):
