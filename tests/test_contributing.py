@@ -47,7 +47,7 @@ import pytest, torch
 import nemohybrid.model
 from nemohybrid.config.compose import load_model_config
 from nemohybrid.model import HybridModel
-from nemohybrid.observe.accounting import total_cost
+from nemohybrid.config.accounting import total_cost
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
 from nemohybrid.train.batch import Batch

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from nemohybrid.cli import params
+from nemohybrid.config.accounting import moe_cost
 from nemohybrid.config.compose import load_model_config
 from nemohybrid.config.latent import RoutedExperts, latent_of_equal_cost, routed_experts, standard_of_equal_cost
 from nemohybrid.errors import ConfigError
 from nemohybrid.model import HybridModel, SequenceContext
 from nemohybrid.model.init import initialize
-from nemohybrid.observe.accounting import moe_cost
 from nemohybrid.parallel.layout import layout_of
 
 SUPER = RoutedExperts(experts=128, top_k=6, hidden=4096, width=2688)

@@ -2,10 +2,10 @@
 
 import pytest
 
+from nemohybrid.config.accounting import Cost, costs_by_part, total_cost
 from nemohybrid.config.compose import load_model_config
 from nemohybrid.config.groups import groups
 from nemohybrid.model.count import built_parameters
-from nemohybrid.observe.accounting import Cost, costs_by_part, total_cost
 from nemohybrid.plan.hardware import peak_flops
 
 OPTIONS = [

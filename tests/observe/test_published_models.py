@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from nemohybrid.config.accounting import TRAINING_PASSES, costs_by_part, total_cost
 from nemohybrid.config.compose import load_model_config
 from nemohybrid.config.groups import groups
-from nemohybrid.observe.accounting import TRAINING_PASSES, costs_by_part, total_cost
 from nemohybrid.symbols import parse_pattern
 
 VOCABULARY, GROUPS, HEAD_DIM, TAPS = 131072, 8, 128, 4

@@ -2,18 +2,18 @@
 
 from dataclasses import replace
 
+from nemohybrid.config.accounting import Cost, costs_by_part
 from nemohybrid.config.compose import load_model_config
 from nemohybrid.config.latent import RoutedExperts, latent_of_equal_cost, routed_experts, standard_of_equal_cost
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.errors import ConfigError
-from nemohybrid.observe.accounting import Cost, costs_by_part
 from nemohybrid.symbols import parse_pattern
 
 USAGE = """usage: nemohybrid params model=NAME [model.hidden_size=... data.sequence_length=... any override]
 
 Counts parameters, the parameters one token meets, and training FLOPs per token (forward + backward). Parameters are those
 of the model built on the meta device, which takes no memory. Both FLOP columns are explained in
-nemohybrid/observe/accounting.py. A model with experts is shown beside LatentMoE models of equal cost, and a LatentMoE beside
+nemohybrid/config/accounting.py. A model with experts is shown beside LatentMoE models of equal cost, and a LatentMoE beside
 the experts of full width that it stands for."""
 
 

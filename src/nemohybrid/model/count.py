@@ -12,7 +12,7 @@ from nemohybrid.symbols import parse_pattern
 def built_parameters(config: ModelConfig) -> dict[str, int]:
     """Part (layer symbol, `embedding`, `output`) -> parameters, all layers of a kind together; `mtp` what is stored of it.
 
-    The parts are those of `observe.accounting.costs_by_part`. Raises ConfigError for what this version cannot build.
+    The parts are those of `config.accounting.costs_by_part`. Raises ConfigError for what this version cannot build.
     """
     with torch.device("meta"):
         model = HybridModel(config)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from nemohybrid.observe.accounting import TRAINING_PASSES, total_cost
+from nemohybrid.config.accounting import TRAINING_PASSES, total_cost
 from nemohybrid.plan.hardware import peak_flops
 from nemohybrid.train.callbacks.base import Callback
 from nemohybrid.train.step import StepResult

@@ -28,6 +28,7 @@ class Cost:
     active: int = 0  # parameters one token meets
     flops: float = 0.0
     flops_megatron: float = 0.0
+    core: float = 0.0  # of `flops`, those between tokens: of the scan, of the attention scores
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -35,10 +36,17 @@ class Cost:
             self.active + other.active,
             self.flops + other.flops,
             self.flops_megatron + other.flops_megatron,
+            self.core + other.core,
         )
 
     def __mul__(self, times: int) -> "Cost":
-        return Cost(self.parameters * times, self.active * times, self.flops * times, self.flops_megatron * times)
+        return Cost(
+            self.parameters * times,
+            self.active * times,
+            self.flops * times,
+            self.flops_megatron * times,
+            self.core * times,
+        )
 
 
 def mamba_cost(m: ModelConfig) -> Cost:
@@ -60,7 +68,7 @@ def mamba_cost(m: ModelConfig) -> Cost:
     flops = 2 * projections + 2 * m.conv_kernel * (inner + 2 * shared) + scan
     assumed = 2 * h  # Megatron's inner width
     megatron = 2 * h * (2 * assumed + 2 * shared + heads) + 7 * assumed * state + 2 * assumed * h
-    return Cost(parameters, parameters, flops, megatron)
+    return Cost(parameters, parameters, flops, megatron, scan)
 
 
 def attention_cost(m: ModelConfig, sequence_length: int) -> Cost:
@@ -70,8 +78,9 @@ def attention_cost(m: ModelConfig, sequence_length: int) -> Cost:
     projections = h * (q + 2 * kv) + q * h
     norms = width * (2 * m.attention.qk_norm + m.attention.v_norm)
     parameters = projections + (q + 2 * kv + h) * m.linear_bias + norms + h
-    flops = 2 * projections + 2 * sequence_length * q
-    return Cost(parameters, parameters, flops, flops)
+    scores = 2 * sequence_length * q
+    flops = 2 * projections + scores
+    return Cost(parameters, parameters, flops, flops, scores)
 
 
 def _mlp_weights(m: ModelConfig, inputs: int, width: int) -> int:
@@ -87,10 +96,14 @@ def mlp_cost(m: ModelConfig) -> Cost:
     return Cost(parameters, parameters, 2 * weights, 2 * weights)
 
 
+def expert_weights(m: ModelConfig) -> int:
+    """Parameters of one routed expert."""
+    return _mlp_weights(m, m.moe_latent_size or m.hidden_size, m.moe_ffn_hidden_size or 0)
+
+
 def moe_cost(m: ModelConfig) -> Cost:
     """An `E` layer with its norm. The balancing bias of the router is a buffer and not counted."""
-    h, latent = m.hidden_size, m.moe_latent_size
-    expert = _mlp_weights(m, latent or h, m.moe_ffn_hidden_size or 0)
+    h, latent, expert = m.hidden_size, m.moe_latent_size, expert_weights(m)
     shared_width = m.shared_expert_ffn_hidden_size or 0
     shared = _mlp_weights(m, h, shared_width)
     fc1_width = shared_width * (2 if m.activation == "swiglu" else 1)
@@ -115,10 +128,15 @@ def layer_cost(symbol: str, m: ModelConfig, sequence_length: int) -> Cost:
     return known[symbol](m) + Cost(norms, norms)
 
 
+def vocabulary_weights(m: ModelConfig) -> int:
+    """Parameters of the embedding, and of the output projection unless they are tied."""
+    return -(-(m.vocab_size or 0) // m.vocab_multiple) * m.vocab_multiple * m.hidden_size
+
+
 def costs_by_part(m: ModelConfig, sequence_length: int) -> dict[str, Cost]:
     """Part of the model (layer symbol, `embedding`, `output`, `mtp`) -> its cost, all layers of a kind together."""
     pattern, h = parse_pattern(m.pattern), m.hidden_size
-    vocabulary = -(-(m.vocab_size or 0) // m.vocab_multiple) * m.vocab_multiple * h
+    vocabulary = vocabulary_weights(m)
     head = Cost(h, h, 2 * vocabulary, 2 * vocabulary)
     tied = Cost() if m.tie_embeddings else Cost(vocabulary, vocabulary)
     parts = {"embedding": Cost(vocabulary, vocabulary)}
@@ -135,9 +153,9 @@ def _mtp_cost(m: ModelConfig, symbols: str, depth: int, sequence_length: int, vo
     block = Cost(2 * h * h + 3 * h, 2 * h * h + 3 * h, 4 * h * h, 0.0)
     for symbol, count in Counter(symbols).items():
         block = block + layer_cost(symbol, m, sequence_length) * count
-    run = Cost(0, 0, block.flops + 2 * vocabulary, block.flops_megatron + 2 * vocabulary) * depth
+    run = Cost(0, 0, block.flops + 2 * vocabulary, block.flops_megatron + 2 * vocabulary, block.core) * depth
     stored = 1 if m.mtp.repeat_block else depth
-    return Cost(block.parameters * stored, block.active * stored, run.flops, run.flops_megatron)
+    return Cost(block.parameters * stored, block.active * stored, run.flops, run.flops_megatron, run.core)
 
 
 def total_cost(m: ModelConfig, sequence_length: int) -> Cost:
