@@ -22,7 +22,8 @@ from nemohybrid.data.tokenizer import Tokenizer
 from nemohybrid.errors import ConfigError, DataError, NemohybridError
 from nemohybrid.generate.load import find_checkpoint, load_for_inference
 from nemohybrid.interop.hf.checkpoints import export_checkpoint
-from nemohybrid.parallel.context import ParallelContext, choose_device
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.world import choose_device
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.data import find_sources
 from nemohybrid.train.evaluation import evaluate

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemohybrid.__main__ import COMMANDS
-from nemohybrid.cli import data, export_hf, from_megatron, generate, import_hf, parity, sweep_lr
+from nemohybrid.cli import data, export_hf, from_megatron, generate, import_hf, parity, plan, sweep_lr
 from nemohybrid.cli.train import HYDRA_FLAGS, SWEEP_FLAGS
 from nemohybrid.config.check import find_field
 from nemohybrid.config.overrides import usable_overrides
@@ -37,6 +37,7 @@ PARSERS = {
     "export-hf": export_hf.parser,
     "sweep-lr": sweep_lr.parser,
     "parity": parity.parser,
+    "plan": plan.build_parser,
 }
 
 

@@ -219,24 +219,42 @@ def test_one_stage_builds_every_layer(text):
     assert "".join(segment.symbols for segment in stage) == "M-M*-"
 
 
-def test_a_pattern_without_cuts_is_split_evenly():
-    assert parse("M-M*-M").stage_layers(3) == ((Segment(0, "M-"),), (Segment(2, "M*"),), (Segment(4, "-M"),))
+def test_a_pattern_without_cuts_has_one_stage_until_it_is_cut():
+    pattern = parse("M-M*-M/*E")
+    with pytest.raises(PatternError, match=r"not cut yet into 3 pipeline stages\. Legal: 1; or cut it first"):
+        pattern.stage_layers(3)
+    assert pattern.legal_stage_counts == (1, 2, 3, 4, 5, 6)
+    cut = pattern.cut_at([1, 3, 2])
+    assert cut == parse("M|-M*|-M/*E")
+    assert cut.stage_layers(3) == ((Segment(0, "M"),), (Segment(1, "-M*"),), (Segment(4, "-M"),))
+    assert cut.legal_stage_counts == (1, 3)
+
+
+def test_a_cut_replaces_older_ones_and_may_be_empty():
+    assert parse("M-|M*").cut_at([0, 4]) == parse("|M-M*")
+
+
+@pytest.mark.parametrize("lengths", [[3], [2, 3], [], [5, -1]])
+def test_a_cut_that_is_not_the_whole_model_is_refused(lengths):
+    with pytest.raises(PatternError, match="num_layers=4"):
+        parse("M-M*").cut_at(lengths)
 
 
 @pytest.mark.parametrize(
     "text, stages, legal",
     [
-        ("M-M*-M", 4, "Legal numbers of stages: 1, 2, 3, 6; or place the cuts by hand"),
-        ("M", 2, "Legal numbers of stages: 1;"),
-        ("M", 0, "Legal numbers of stages: 1;"),
+        ("M-M*-M", 7, "Legal numbers of stages: 1 to 6; or place empty segments by hand"),
+        ("M", 2, "Legal numbers of stages: 1 to 1;"),
+        ("M", 0, "Legal numbers of stages: 1 to 1;"),
         ("M|M|M", 2, "Legal numbers of stages: 1, 3; or cut the pattern into a multiple of 2 segments"),
         ("M|M", 4, "Legal numbers of stages: 1, 2; or cut the pattern into a multiple of 4 segments"),
     ],
 )
 def test_stages_that_do_not_divide_are_refused_with_the_legal_numbers(text, stages, legal):
-    with pytest.raises(PatternError) as caught:
-        parse(text).stage_layers(stages)
-    assert legal in str(caught.value)
+    for refuse in (parse(text).stage_layers, parse(text).check_stages):
+        with pytest.raises(PatternError) as caught:
+            refuse(stages)
+        assert legal in str(caught.value)
 
 
 # Properties
@@ -282,7 +300,10 @@ def test_repetition_equals_writing_out_and_the_canonical_form_round_trips(both):
 def test_every_legal_split_holds_every_layer_once_in_order(both):
     pattern = parse(both[0])
     for num_stages in pattern.legal_stage_counts:
-        stages = pattern.stage_layers(num_stages)
+        pattern.check_stages(num_stages)
+        needs_cuts = len(pattern.segments) == 1 < num_stages
+        cut = pattern.cut_at([pattern.num_layers - num_stages + 1] + [1] * (num_stages - 1)) if needs_cuts else pattern
+        stages = cut.stage_layers(num_stages)
         assert len(stages) == num_stages
         in_order = [segment for chunk in zip(*stages, strict=True) for segment in chunk]
         assert "".join(segment.symbols for segment in in_order) == pattern.main

@@ -10,8 +10,8 @@ Whitespace means nothing. Without it and without repetition this is the grammar 
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import MappingProxyType
 from typing import NoReturn
@@ -80,34 +80,61 @@ class Pattern:
 
     @property
     def legal_stage_counts(self) -> tuple[int, ...]:
-        """The numbers of pipeline stages that `stage_layers` accepts, ascending."""
-        pieces = len(self.segments) if len(self.segments) > 1 else self.num_layers
+        """The numbers of pipeline stages this pattern can run on, ascending: with "|" those that divide its segments.
+
+        Without it any that leaves every stage a layer: where to cut is then for `nemohybrid.plan.cut` to say.
+        """
+        if len(self.segments) == 1:
+            return tuple(range(1, self.num_layers + 1))
+        pieces = len(self.segments)
         return tuple(n for n in range(1, pieces + 1) if pieces % n == 0)
+
+    def check_stages(self, num_stages: int) -> None:
+        """Raises PatternError unless `num_stages` is one of `legal_stage_counts`, which it names."""
+        if num_stages not in self.legal_stage_counts:
+            raise PatternError(self._why_not(num_stages), self.canonical)
+
+    def cut_at(self, lengths: Sequence[int]) -> "Pattern":
+        """The same model with "|" after so many layers each; an old "|" is forgotten. 0 makes an empty segment.
+
+        Raises PatternError where the lengths are not those of the whole model, or one is negative.
+        """
+        if sum(lengths) != self.num_layers or min(lengths) < 0:
+            given = " + ".join(map(str, lengths))
+            raise PatternError(
+                f"segments of {given} = {sum(lengths)} layers do not make num_layers={self.num_layers}", self.canonical
+            )
+        ends = list(accumulate(lengths))
+        return replace(self, segments=tuple(self.main[end - n : end] for end, n in zip(ends, lengths, strict=True)))
 
     def stage_layers(self, num_stages: int) -> tuple[tuple[Segment, ...], ...]:
         """For each pipeline stage the segments it runs, in the order in which a microbatch visits them.
 
-        With "|" stage r gets segments r, r + num_stages, ... as in Megatron's virtual pipeline: more than one segment a
-        stage means an interleaved schedule, and one stage gets them all. Without "|" the layers are split evenly.
-        Raises PatternError when segments or layers do not divide, naming the numbers that do.
+        Stage r gets segments r, r + num_stages, ... as in Megatron's virtual pipeline: more than one segment a stage
+        means an interleaved schedule, and one stage gets them all. Raises PatternError when the segments do not divide,
+        naming the numbers that do; and for several stages of a pattern without "|", which `cut_at` adds.
         """
-        if num_stages not in self.legal_stage_counts:
-            raise PatternError(self._why_not(num_stages), self.canonical)
-        segments = self.segments if len(self.segments) > 1 else _split_evenly(self.main, num_stages)
-        first_layers = accumulate(map(len, segments), initial=0)
-        cut = [Segment(first, symbols) for first, symbols in zip(first_layers, segments, strict=False)]
+        self.check_stages(num_stages)
+        if num_stages > 1 and len(self.segments) == 1:
+            raise PatternError(
+                f"a pattern without '|' is not cut yet into {num_stages} pipeline stages. Legal: 1; or cut it first "
+                "(Pattern.cut_at, nemohybrid.plan.cut)",
+                self.canonical,
+            )
+        first_layers = accumulate(map(len, self.segments), initial=0)
+        cut = [Segment(first, symbols) for first, symbols in zip(first_layers, self.segments, strict=False)]
         return tuple(tuple(cut[stage::num_stages]) for stage in range(num_stages))
 
     def _why_not(self, num_stages: int) -> str:
-        legal = ", ".join(map(str, self.legal_stage_counts))
         if len(self.segments) > 1:
             return (
                 f"{len(self.segments)} segments cannot be shared by {num_stages} pipeline stages. "
-                f"Legal numbers of stages: {legal}; or cut the pattern into a multiple of {num_stages} segments"
+                f"Legal numbers of stages: {', '.join(map(str, self.legal_stage_counts))}; "
+                f"or cut the pattern into a multiple of {num_stages} segments"
             )
         return (
-            f"a pattern with num_layers={self.num_layers} cannot be split evenly over {num_stages} pipeline stages. "
-            f"Legal numbers of stages: {legal}; or place the cuts by hand with '|'"
+            f"a pattern with num_layers={self.num_layers} leaves some of {num_stages} pipeline stages without a layer. "
+            f"Legal numbers of stages: 1 to {self.num_layers}; or place empty segments by hand with '|'"
         )
 
 
@@ -233,11 +260,6 @@ class _Reader:
 
     def fail(self, reason: str, at: int, hint: str = "") -> NoReturn:
         raise PatternError(reason, self.text, at, hint)
-
-
-def _split_evenly(layers: str, pieces: int) -> tuple[str, ...]:
-    size = len(layers) // pieces
-    return tuple(layers[i * size : (i + 1) * size] for i in range(pieces))
 
 
 def _pointed(reason: str, text: str, position: int, hint: str) -> str:

@@ -215,4 +215,4 @@ def test_help_says_what_rank_zero_must_hold(nemohybrid):
     code, out, _ = nemohybrid("parity", "--help")
     assert code == 0
     assert "rank 0 must hold the whole model" in out
-    assert out.count("parity model=") == 2
+    assert out.count("parity model=") == 3

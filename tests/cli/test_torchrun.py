@@ -63,6 +63,21 @@ def test_four_ranks_share_a_model_that_one_then_writes_with_exports_and_trains_o
     assert [r["step"] for r in map(json.loads, lines) if "loss" in r] == [1, 2, 3, 4]
 
 
+def test_a_pipeline_with_folded_experts_shows_its_cut_and_one_process_goes_on(fresh, nemohybrid, small, empty_folder):
+    model = ['model.pattern="M*E-/*E"', "model.num_experts=4", "model.num_attention_heads=4"]
+    words = [*small, *model, "run.dir=run", "train.global_batch=8", "train.steps=4"]
+    sharing = ["parallel.pipeline=2", "parallel.expert=2", "train.stop_at=2", "train.microbatch=1"]
+    done = torchrun(fresh, *words, *sharing, ranks=4)
+    assert done.returncode == 0, done.stderr
+    assert "on 4 x cpu, pipeline 2 x data 2 (shard_grad), experts on expert 2, " in done.stdout
+    assert done.stdout.count("stage 0 | ") == done.stdout.count("stage 1 | ") == 1
+    assert "1f1b, 4 microbatches: ranks wait " in done.stdout
+    code, _, told = nemohybrid("train", *words)
+    assert code == 0, told
+    lines = (empty_folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if "loss" in r] == [1, 2, 3, 4]
+
+
 def test_a_sweep_under_torchrun_is_refused_with_the_reason(fresh, small, empty_folder):
     world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     done = fresh("-m", "nemohybrid", "train", "-m", *small, "optim.lr=1,2", **world)

@@ -50,9 +50,9 @@ CASES = {
     "data_is_a_number": (["parallel.data=many"], ["auto or a number"], ["parallel.data=1"]),
     "ranks_make_the_world": (["parallel.data=2"], ["start 2 processes"], ["parallel.data=1"]),
     "layouts_of_this_version": (
-        ["parallel.expert=2", "parallel.pipeline=4"],
-        ["parallel.pipeline=4 parallel.expert=2", "data, tensor and sequence parallelism only", "parallel.expert=1"],
-        ["parallel.expert=1"],
+        ["parallel.context=2"],
+        ["parallel.context=2", "does not share a sequence", "parallel.context=1"],
+        ["parallel.context=1"],
     ),
     "shards_and_their_copies": (
         ["parallel.data_mode=hybrid", "parallel.data_shard=2"],
@@ -114,7 +114,72 @@ CASES = {
         ["parallel.pipeline=2", "3"],
         ['model.pattern="M-|M-|M-"'],
     ),
+    "virtual_stages": (
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
+        ["2 x 4 stages are more than the 7 layers", "parallel.virtual_pipeline=1 to 3"],
+        ["parallel.virtual_pipeline=1"],
+    ),
+    "schedule_of_stages": (
+        ["parallel.pipeline=2", "parallel.schedule=interleaved"],
+        ["needs several stages a rank", "parallel.schedule=auto, gpipe, 1f1b", "parallel.virtual_pipeline=2 or more"],
+        ["parallel.schedule=auto"],
+    ),
+    "rounds_of_microbatches": (
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch=10", "train.microbatch=2"],
+        [
+            "the 5 microbatches of a step",
+            "train.microbatch=1, 5;",
+            "parallel.schedule=gpipe",
+            "parallel.virtual_pipeline=1",
+        ],
+        ["train.global_batch=10", "train.microbatch=2"],
+    ),
+    "parts_do_not_write": (
+        ["parallel.pipeline=2", "sample.prompts=[a]"],
+        ["sample.prompts=[]", "nemohybrid generate", "parallel.pipeline=1"],
+        ["sample.prompts=[a]"],
+    ),
+    "output_norms_of_all_layers": (
+        ["parallel.pipeline=2", "logging.output_norms=5"],
+        ["2 pipeline ranks", "logging.output_norms=0", "parallel.pipeline=1"],
+        ["logging.output_norms=5"],
+    ),
+    "experts_to_share": (
+        ["parallel.expert=2"],
+        ["parallel.expert=2 parallel.expert_tensor=null", "no 'E' layer", "parallel.expert=1"],
+        [E, "parallel.expert=1"],
+    ),
     "experts_over_ranks": ([E, "parallel.expert=3"], ["parallel.expert=1, 2, 4, 8"], [E]),
+    "width_of_experts_over_ranks": (
+        [E, "parallel.expert_tensor=2", "model.moe_ffn_hidden_size=63"],
+        ["parallel.expert_tensor=2", "63 channels of an expert", "parallel.expert_tensor=1, 3"],
+        [E, "parallel.expert_tensor=1", "model.moe_ffn_hidden_size=63"],
+    ),
+    "experts_over_the_stage": (
+        [E, "parallel.expert=2"],
+        ["parallel.expert=2 x parallel.expert_tensor=1", "the 1 ranks of a stage", "parallel.expert=1"],
+        [E],
+    ),
+    "tokens_of_folded_experts": (
+        [E, "parallel.tensor=2", "parallel.expert=2", "parallel.sequence=false"],
+        ["parallel.sequence=true", "parallel.expert=1"],
+        [E, "parallel.sequence=false"],
+    ),
+    "exchange_of_folded_experts": (
+        [E, "parallel.dispatcher=deepep", "parallel.expert_room=2"],
+        ["parallel.dispatcher=deepep parallel.expert_room=2.0", "no rank lacks an expert", "parallel.dispatcher=auto"],
+        [E, "parallel.dispatcher=auto"],
+    ),
+    "what_deepep_sends": (
+        [E, "parallel.dispatcher=deepep", "parallel.expert_tensor=2", "model.dtype=float32", "parallel.expert_room=2"],
+        ["several ranks share the width", "sends bfloat16", "needs no room", "parallel.dispatcher=auto, all_to_all"],
+        [E],
+    ),
+    "room_of_an_exchange": (
+        [E, "parallel.expert_room=0.5"],
+        ["parallel.expert_room=0.5", "less than the mean", "1 or more"],
+        [E],
+    ),
     "sequence_over_context": (
         ["parallel.context=2", "data.sequence_length=66"],
         ["data.sequence_length=64, 68"],

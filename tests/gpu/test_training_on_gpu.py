@@ -12,8 +12,9 @@ from nemohybrid.generate.load import load_for_inference
 from nemohybrid.generate.sampling import Sampling
 from nemohybrid.generate.speculative import SpeculativeDecoder
 from nemohybrid.observe.metrics import read_metrics
-from nemohybrid.parallel.context import ParallelContext, choose_device
+from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import logical_parameters
+from nemohybrid.parallel.world import choose_device
 from nemohybrid.train.run import run
 from nemohybrid.train.state import run_tensors
 from nemohybrid.train.trainer import Trainer

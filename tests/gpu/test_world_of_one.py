@@ -15,8 +15,9 @@ import torch.distributed as dist
 from nemohybrid.checkpoint.world import World
 from nemohybrid.model.hybrid import DTYPES, HybridModel
 from nemohybrid.parallel.collectives import gather_bytes, sum_over
-from nemohybrid.parallel.context import Group, ParallelContext, choose_device
+from nemohybrid.parallel.context import Group, ParallelContext
 from nemohybrid.parallel.data import Sharded
+from nemohybrid.parallel.world import choose_device
 from nemohybrid.train.parity import share_of, synthetic_batch
 from nemohybrid.train.run import run
 from nemohybrid.train.state import run_tensors
@@ -79,7 +80,7 @@ def test_a_model_that_fsdp_holds_gets_the_gradients_of_a_plain_one(context, conf
     with torch.device("meta"):
         model = HybridModel(config.model, context)
     meshed = replace(context, mesh=init_device_mesh(context.device.type, (1,)))
-    shared = Sharded(model, meshed, model.sharding_units(), entry="hidden_states", dtype=DTYPES[dtype])
+    shared = Sharded(model, meshed, [list(model.sharding_units())], entry="hidden_states", dtype=DTYPES[dtype])
     model.materialize(context.device, 1)
     losses = compute_gradients(model, batch, 2, context, shared)
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)

@@ -12,17 +12,27 @@ from layouts import Layout, compare
 import nemohybrid.parallel.data as data
 import nemohybrid.parallel.gradients as gradients
 import nemohybrid.parallel.layout as layouts
+import nemohybrid.parallel.pipeline as pipeline
 import nemohybrid.train.balance as balance
+import nemohybrid.train.build as build
 import nemohybrid.train.parity as parity
+import nemohybrid.train.step as step
 from nemohybrid.model import embedding
 from nemohybrid.model.linear import Linear
 from nemohybrid.model.mamba2 import CausalConv
 from nemohybrid.model.moe.balance import RouterLosses, Rows
 from nemohybrid.parallel.collectives import gathered, own_part, summed, summed_part
+from nemohybrid.parallel.context import Group
+from nemohybrid.parallel.expert import routes
+from nemohybrid.parallel.layout import attach, layout_of
 from nemohybrid.parallel.tensor import TensorRanks, _exchange
+from nemohybrid.train.batch import Batch
 
 TP2, TP2_SP, TP4 = Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(tensor=4)
 DP2, FULL2 = Layout(data=2), Layout(data=2, shard=2)
+PP2, VPP2 = Layout(pipeline=2), Layout(pipeline=2, virtual=2)
+PP2_FULL2 = Layout(pipeline=2, data=2, shard=2)
+EP2, ETP2 = Layout(data=2, expert=2), Layout(data=2, expert_tensor=2)
 
 FAULTS = {}
 
@@ -177,27 +187,24 @@ def fsdp_takes_means_for_sums():
 
 @fault(DP2)
 def gradients_of_the_last_microbatch_alone_count():
-    real = data.Replicated.microbatch
-
-    def forgetful(self, last):
+    def forgetful(self, modules, last, end):
         for parameter in self.parameters.values():
             parameter.grad = None
-        return real(self, last)
 
-    data.Replicated.microbatch = forgetful
+    data.Replicated.before_backward = forgetful
 
 
 @fault(FULL2)
 def microbatches_but_the_last_are_not_kept():
-    real = data.Sharded.microbatch
+    real = data.Sharded.before_backward
 
-    def forgetful(self, last):
+    def forgetful(self, modules, last, end):
         self.reduce_every_microbatch = True
         for parameter in self.model.parameters():
             parameter.grad = None
-        return real(self, last)
+        real(self, modules, last, end)
 
-    data.Sharded.microbatch = forgetful
+    data.Sharded.before_backward = forgetful
 
 
 @fault(DP2)
@@ -207,7 +214,7 @@ def data_ranks_train_on_the_same_rows():
 
 @fault(DP2)
 def gradients_are_not_summed_over_data_ranks():
-    data.sum_gradients = lambda parameters, group: None
+    data.sum_over_data_ranks = lambda parameters, context: None
 
 
 @fault(Layout(data=4, shard=2, mode="hybrid"))
@@ -221,6 +228,169 @@ def copies_of_hsdp_train_apart():
     torch.distributed.all_reduce = between_others
 
 
+@fault(PP2)
+def ends_of_a_pipeline_keep_their_own_gradient():
+    data.sum_over_ends = lambda parameters, context: None
+
+
+@fault(PP2, "tied")
+def ends_of_a_pipeline_that_are_tied_keep_their_own_gradient():
+    data.sum_over_ends = lambda parameters, context: None
+
+
+@fault(PP2)
+def both_ends_of_a_pipeline_count_in_the_norm():
+    real = gradients._owned
+    gradients._owned = lambda p, context: real(attach(p, replace(layout_of(p), end=None)), context)
+
+
+@fault(PP2)
+def the_norm_of_a_stage_is_taken_for_the_whole():
+    real = gradients.gradient_norm
+    parity.gradient_norm = lambda parameters, context: real(parameters, replace(context, pipeline=Group()))
+
+
+@fault(PP2)
+def every_microbatch_is_given_the_documents_of_the_first():
+    """What torch does with keyword tensors: it hands them whole to each."""
+    real = Batch.split
+
+    def split(batch, size):
+        parts = list(real(batch, size))
+        return (replace(part, document_ids=parts[0].document_ids) for part in parts)
+
+    Batch.split = split
+
+
+def late(leaving: str):
+    """Every microbatch is sent what the one before it should have been."""
+    kind = {"leaving": "send", "leaving_gradients": "send_gradient"}[leaving]
+    real, before = pipeline._DO[kind], {}
+
+    def send(run, stage, microbatch):
+        own = getattr(run, leaving)[stage, microbatch]
+        getattr(run, leaving)[stage, microbatch] = before.get(stage, own)
+        before[stage] = own
+        real(run, stage, microbatch)
+
+    pipeline._DO[kind] = send
+
+
+@fault(PP2)
+def gradients_go_back_into_the_wrong_microbatch():
+    late("leaving_gradients")
+
+
+@fault(Layout(pipeline=2, schedule="gpipe"))
+def activations_come_in_the_wrong_order():
+    late("leaving")
+
+
+@fault(VPP2)
+def layers_of_a_rank_run_before_those_of_the_next():
+    real = build.staged
+
+    def neighbours(config):
+        (first, third), (second, fourth) = real(config)
+        return (first, second), (third, fourth)
+
+    build.staged = neighbours
+
+
+@fault(PP2)
+def layers_of_a_later_stage_start_as_those_of_the_first():
+    from nemohybrid.model import init
+
+    real = init.logical_name
+    init.logical_name = lambda name, piece: (
+        real(name, piece).replace("layers.3", "layers.1").replace("layers.2", "layers.0")
+    )
+
+
+@fault(PP2_FULL2)
+def a_later_stage_does_not_send_its_gradients():
+    data.Sharded.before_backward = lambda self, modules, last, end: [
+        m.set_requires_gradient_sync(False) for m in (*modules, self.root)
+    ]
+
+
+@fault(VPP2)
+def a_stage_forgets_what_it_was_given_back():
+    real = pipeline._Run.send_gradient
+
+    def forgetful(self, stage, microbatch):
+        self.leaving_gradients[stage, microbatch].mul_(microbatch > 0)
+        real(self, stage, microbatch)
+
+    pipeline._DO["send_gradient"] = forgetful
+
+
+@fault(EP2)
+def gradients_of_experts_are_summed_over_ranks_that_have_others():
+    real = gradients.sum_gradients
+    data.sum_over_data_ranks = lambda parameters, context: real(parameters, context.data)
+
+
+@fault(Layout(data=4, expert=2))
+def gradients_of_experts_are_not_summed_over_their_copies():
+    real = gradients.sum_over_data_ranks
+    data.sum_over_data_ranks = lambda parameters, context: real(
+        parameters, replace(context, experts=replace(context.experts, data=Group()))
+    )
+
+
+@fault(EP2)
+def the_norm_of_experts_is_taken_over_the_wrong_ranks():
+    real = gradients.gradient_norm
+    parity.gradient_norm = lambda parameters, context: real(
+        parameters, replace(context, experts=replace(context.experts, block=Group()))
+    )
+
+
+@fault(EP2)
+def every_rank_starts_with_the_first_experts():
+    from nemohybrid.model import init
+
+    real = init.draw
+
+    def first(box, target, seed, name):
+        offsets = (0, *box.offsets[1:]) if "experts." in name else box.offsets
+        real(replace(box, offsets=offsets), target, seed, name)
+
+    init.draw = first
+
+
+@fault(EP2)
+def weights_of_visits_get_no_gradient():
+    real = routes.Routes._collected
+
+    def without(self, d_rows, d_weights):
+        return real(self, d_rows, torch.zeros_like(d_weights))
+
+    routes.Routes._collected = without
+
+
+@fault(ETP2)
+def summands_of_an_expert_are_not_summed():
+    routes.Routes._by_token = lambda self, rows: self._gathered(rows)[:, :, 0].sum(1)
+
+
+@fault(EP2)
+def the_router_bias_follows_the_load_of_its_own_tokens():
+    balance.sum_over = lambda tensor, group: tensor
+
+
+@fault(Layout(data=4, expert=4, room=1.0))
+def visits_that_found_no_room_are_forgotten():
+    step.Attempts.was_short = lambda self, losses: False
+
+
+@fault(Layout(tensor=2, sequence=True, expert=2))
+def tensor_ranks_send_tokens_of_each_other():
+    real = routes.Routes._of_tokens
+    routes.Routes._of_tokens = lambda self, x: real(self, x.roll(1, 0))
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_proof_sees_a_planted_fault(name):
     plant, layout, model = FAULTS[name]
@@ -230,5 +400,5 @@ def test_the_proof_sees_a_planted_fault(name):
 
 
 def test_without_a_fault_the_same_comparison_finds_nothing():
-    for layout in (TP2, TP2_SP, FULL2):
+    for layout in (TP2, TP2_SP, FULL2, PP2, VPP2, EP2, ETP2):
         assert compare(layout, steps=2).faults(1e-4) == []

@@ -21,6 +21,35 @@ LAYOUTS = [
     Layout(tensor=2, data=2, shard=2),
     Layout(tensor=2, data=2, sequence=True),
     Layout(tensor=2, data=4, shard=2, sequence=True, mode="hybrid"),
+    # stages of a pipeline
+    Layout(pipeline=2),
+    Layout(pipeline=2, schedule="gpipe", tensor=2),
+    Layout(pipeline=4),
+    Layout(pipeline=2, virtual=2),
+    Layout(pipeline=2, virtual=2, data=2, shard=2),
+    Layout(pipeline=2, data=2, shard=2, mode="shard_grad", schedule="gpipe"),
+    Layout(pipeline=2, tensor=2, data=2, shard=2, sequence=True),
+    Layout(pipeline=2, data=4, shard=2, mode="hybrid"),
+    Layout(pipeline=4, data=2, shard=2, every=True),
+    # experts on a grid of their own
+    Layout(data=2, expert=2),
+    Layout(data=4, expert=4),
+    Layout(data=4, expert=2, room=1.0),
+    Layout(data=2, expert_tensor=2),
+    Layout(data=4, expert=2, expert_tensor=2),
+    Layout(data=4, shard=4, expert=2),
+    Layout(data=2, shard=2, expert=2, mode="shard_grad"),
+    Layout(data=4, shard=2, expert=2, mode="hybrid"),
+    Layout(tensor=2, sequence=True, expert=2),
+    Layout(tensor=2, data=2, sequence=True, expert=4),
+    Layout(tensor=4, sequence=True, expert=2, expert_tensor=1),
+    Layout(tensor=2, data=2, shard=2, sequence=True, expert_tensor=1),
+    # all of it
+    Layout(pipeline=2, data=2, expert=2),
+    Layout(pipeline=2, virtual=2, tensor=2, sequence=True, expert=2),
+    Layout(pipeline=2, data=4, shard=4, expert=2, expert_tensor=2),
+    Layout(pipeline=2, tensor=2, data=2, shard=2, sequence=True, expert=4, room=2.0),
+    Layout(pipeline=4, data=2, expert=2, schedule="gpipe"),
 ]
 
 

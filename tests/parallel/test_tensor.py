@@ -156,7 +156,7 @@ def test_a_number_that_is_none_is_found_by_all_ranks_though_one_has_it(on_ranks,
         with torch.no_grad():
             weight = shared.parameters["layers.2.mixer.fc1.weight"]
             weight[0, 0] = torch.nan if context.rank == 1 else weight[0, 0]
-        return first_bad_tensor(net, share_of(synthetic_batch(config, 0), context), 1)
+        return first_bad_tensor(net, share_of(synthetic_batch(config, 0), context), 1, context)
 
     told = on_ranks(layout, look)
     assert told[0] == told[1]

@@ -1,7 +1,11 @@
 """The estimate of memory holds against what a step really keeps, and refuses what cannot fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from forked import run_world
+from layouts import Layout, run_config
 
 from nemohybrid.config.compose import load_config
 from nemohybrid.config.run_config import RunConfig
@@ -10,6 +14,7 @@ from nemohybrid.model import HybridModel
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.plan import memory
 from nemohybrid.train.batch import Batch
+from nemohybrid.train.build import build_model
 from nemohybrid.train.loss import summed_losses
 
 ROWS, LENGTH, VOCABULARY = 2, 256, 1024
@@ -169,3 +174,52 @@ def test_tensor_ranks_hold_their_part_and_sequence_parallelism_keeps_its_tokens(
 def load_two(*overrides: str) -> RunConfig:
     given = [f"train.global_batch={ROWS}", f"data.sequence_length={LENGTH}", f"model.vocab_size={VOCABULARY}"]
     return load_config(["data=shakespeare", "data.tokenizer=byte", *given, *overrides], 2)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pipeline=2),
+        Layout(pipeline=2, virtual=2, data=2, expert=2),
+        Layout(pipeline=2, data=4, shard=4, expert=2),
+        Layout(tensor=2, sequence=True, data=2, shard=2, expert=2, expert_tensor=1),
+        Layout(data=4, shard=2, expert=2, mode="hybrid"),
+    ],
+    ids=str,
+)
+def test_weights_of_every_rank_are_what_it_holds(layout, tmp_path):
+    """The largest part that any rank of a stage has; a tensor rank may have one row of the vocabulary more."""
+    config = layout.configured(run_config("every_option"))
+
+    def hold(rank: int) -> None:
+        context = layout.of_this_rank()
+        _, shared = build_model(config, context)
+        held = sum(p.numel() * 4 for p in shared.parameters.values())
+        (tmp_path / f"held{rank}").write_text(f"{context.pipeline.rank} {held}")
+
+    (tmp_path / "world").mkdir()
+    failures = run_world(layout.ranks, hold, tmp_path / "world")
+    assert not failures, failures[0].read_text()
+    largest: dict[int, int] = {}
+    for file in tmp_path.glob("held*"):
+        stage, held = map(int, file.read_text().split())
+        largest[stage] = max(largest.get(stage, 0), held)
+    for stage, held in largest.items():
+        fixed = memory.estimate(config, layout.data, layout.shard, stage).fixed
+        assert next(iter(fixed.values())) == pytest.approx(held, rel=0.006 if layout.tensor > 1 else 0), (
+            f"stage {stage}: {fixed}"
+        )
+
+
+def test_a_pipeline_rank_keeps_what_waits_for_its_way_back():
+    """The first rank of 1f1b has as many microbatches in flight as there are ranks, the last one has one."""
+    config = replace(
+        run_config("every_option", rows=8), train=replace(run_config().train, global_batch=8, microbatch=1)
+    )
+    alone = memory.estimate(config, 1).activations
+    first, last = (memory.estimate(Layout(pipeline=2).configured(config), 1, 1, stage).activations for stage in (0, 1))
+    assert "2 passes in flight, 1 x 16 tokens" in first
+    assert "1 passes in flight, 1 x 16 tokens" in last
+    assert "logits, their gradient" in last
+    assert "logits, their gradient" not in first
+    assert sum(first.values()) < 2 * sum(alone.values())

@@ -13,7 +13,9 @@ from forked import run_world
 from nemohybrid.config.derive import derive_sizes
 from nemohybrid.config.model import AttentionConfig, ModelConfig, MTPConfig, RouterConfig
 from nemohybrid.config.run_config import RunConfig
-from nemohybrid.parallel.context import ParallelContext, divide
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.world import divide
+from nemohybrid.plan.axes import axes
 from nemohybrid.train.parity import Comparison, Observation, difference, encoded, observe, together
 
 SIZES = {
@@ -30,7 +32,7 @@ SIZES = {
     "ssm_state_size": 5,
     "chunk_size": 8,
     "ffn_hidden_size": 40,
-    "num_experts": 6,
+    "num_experts": 8,
     "moe_top_k": 2,
     "moe_ffn_hidden_size": 12,
     "shared_expert_ffn_hidden_size": 16,
@@ -83,7 +85,13 @@ def forced() -> ModelConfig:
     return ModelConfig(pattern="ME", router=RouterConfig(force_balance=True), vocab_multiple=48, **sizes)
 
 
+def with_empty_stages() -> ModelConfig:
+    """A first stage that only embeds, a last one that only predicts and drafts, and one in between that does nothing."""
+    return replace(every_option(), pattern="|M*-E||/*E")
+
+
 MODELS = {
+    "with_empty_stages": with_empty_stages,
     "every_option": every_option,
     "latent": latent,
     "tied": tied,
@@ -117,26 +125,43 @@ class Layout:
     sequence: bool = False
     mode: str = "full_shard"
     every: bool = False  # gradients are summed after every microbatch
+    pipeline: int = 1
+    virtual: int | None = None
+    schedule: str = "auto"
+    expert: int = 1
+    expert_tensor: int | None = None
+    room: float | None = None  # of the exchange between experts
+
+    @property
+    def folds(self) -> bool:
+        return self.expert > 1 or self.expert_tensor is not None
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.data * self.pipeline
 
     def of_this_rank(self) -> ParallelContext:
         """Collective."""
-        return divide(torch.device("cpu"), self.tensor, self.shard, self.sequence)
+        return divide(torch.device("cpu"), axes(self.configured(RunConfig()), self.ranks))
 
     def configured(self, config: RunConfig) -> RunConfig:
         mode = self.mode if self.shard > 1 else "replicate"
-        names = {"tensor": self.tensor, "sequence": self.sequence, "data_mode": mode}
-        names["reduce_every_microbatch"] = self.every
+        names = {"tensor": self.tensor, "sequence": self.sequence, "data_mode": mode, "pipeline": self.pipeline}
+        names |= {"reduce_every_microbatch": self.every, "virtual_pipeline": self.virtual, "schedule": self.schedule}
+        names |= {"expert": self.expert, "expert_tensor": self.expert_tensor, "expert_room": self.room}
+        names["data_shard"] = self.shard if mode == "hybrid" else None
         return replace(config, parallel=replace(config.parallel, **names))
 
     def __str__(self) -> str:
+        stages = f"VPP{self.virtual}x" if self.virtual else ""
+        order = f"-{self.schedule}" if self.schedule != "auto" else ""
+        pipeline = f"{stages}PP{self.pipeline}{order}" if self.pipeline > 1 else ""
+        width = f"xETP{self.expert_tensor}" if self.expert_tensor else ""
+        experts = f"EP{self.expert}{width}{f'-room{self.room:g}' if self.room else ''}" if self.folds else ""
         tensor = f"TP{self.tensor}{'+SP' if self.sequence else ''}" if self.tensor > 1 else ""
         cut = f"{self.mode}{self.shard}{'-every' if self.every else ''}" if self.shard > 1 else ""
         copies = f"DP{self.data // self.shard}" if self.data > self.shard else ""
-        return "-".join(filter(None, (tensor, cut, copies))) or "one"
+        return "-".join(filter(None, (pipeline, tensor, experts, cut, copies))) or "one"
 
 
 @dataclass(frozen=True)

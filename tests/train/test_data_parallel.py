@@ -113,7 +113,7 @@ def test_a_rank_that_fails_alone_does_not_leave_the_other_waiting(configure, run
     config = configure(world_size=2)
 
     def command(context: ParallelContext) -> None:
-        monkeypatch.setattr("nemohybrid.parallel.context.start", lambda *_: context)
+        monkeypatch.setattr("nemohybrid.parallel.world.start", lambda *_: context)
         train(config)
 
     failures = run_ranks(command)

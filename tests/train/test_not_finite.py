@@ -1,5 +1,7 @@
 """A NaN or an infinity reaches neither weights nor optimizer nor a checkpoint; all ranks stop, and its origin is named."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,9 +27,9 @@ def spoil(trainer: Trainer, way: str, row: Tensor, value: float) -> None:
     current: list[Tensor] = []
     hidden_states = trainer.model.hidden_states
 
-    def remember(input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
+    def remember(input_ids: Tensor, seq: SequenceContext | None = None, *of_a_stage: Any) -> Tensor:
         current[:] = [input_ids[0]]
-        return hidden_states(input_ids, seq)
+        return hidden_states(input_ids, seq, *of_a_stage)
 
     trainer.model.hidden_states = remember
 

@@ -13,6 +13,7 @@ from layouts import Layout
 
 from nemohybrid.checkpoint import load_checkpoint, read_metadata, read_state, save_checkpoint
 from nemohybrid.config.compose import load_config
+from nemohybrid.config.run_config import RunConfig
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import Parts
@@ -40,16 +41,23 @@ CHAIN = [
     Layout(tensor=4),
     Layout(data=4, shard=2, mode="hybrid"),
     Layout(tensor=2, data=2, shard=2, sequence=True),
+    Layout(pipeline=2, data=2, expert=2),
+    Layout(tensor=2, sequence=True, data=2, expert=4),
+    Layout(pipeline=2, virtual=2, tensor=2, sequence=True),
+    Layout(data=4, shard=4, expert=2),
     Layout(),
+    Layout(pipeline=4),
+    Layout(data=4, expert=2, expert_tensor=2),
     Layout(data=2, shard=2, mode="shard_grad"),
 ]
 """One step each; every layout resumes what the one before it saved."""
 
 
 def overrides(layout: Layout) -> list[str]:
-    mode = layout.mode if layout.shard > 1 else "replicate"
-    words = [f"parallel.tensor={layout.tensor}", f"parallel.sequence={layout.sequence}", f"parallel.data_mode={mode}"]
-    return words + ([f"parallel.data_shard={layout.shard}"] if mode == "hybrid" else [])
+    parallel = layout.configured(RunConfig()).parallel
+    return [
+        f"parallel.{name}={'null' if v is None else v}" for name, v in parallel.as_dict().items() if name != "context"
+    ]
 
 
 @pytest.fixture
@@ -202,6 +210,17 @@ def test_the_test_of_resharding_sees_a_shard_in_the_wrong_place(under, tmp_path)
     under(Layout(data=2, shard=2), action, f"run.dir={tmp_path}/unused")
     with pytest.raises(AssertionError, match="changed between"):
         assert_same(tmp_path / "one/checkpoints/step_00000001", tmp_path / "copy/step_00000001")
+
+
+def test_other_cuts_of_the_pattern_are_the_same_run(under, tmp_path):
+    """A `|` says who holds a layer, and changes no weight."""
+    pattern = 'model.pattern="{}"'
+    words = f"run.dir={tmp_path}/run", "train.steps=3"
+    under(Layout(pipeline=2), run, *words, "train.stop_at=1", pattern.format("M*|E-/*E"))
+    under(Layout(pipeline=4), run, *words, "train.stop_at=2", pattern.format("M|*|E-|/*E"))
+    under(Layout(), run, *words, pattern.format("M*E-/*E"))
+    under(Layout(), run, f"run.dir={tmp_path}/one", "train.steps=3", pattern.format("M*E-/*E"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def test_random_streams_are_seeded_anew_under_another_layout(under, tmp_path):

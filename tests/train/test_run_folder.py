@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from nemohybrid.config.accounting import TRAINING_PASSES, total_cost
 from nemohybrid.data.tokenizer import load_tokenizer
 from nemohybrid.errors import ConfigError, DataError
 from nemohybrid.model.sequence import SequenceContext
-from nemohybrid.observe.accounting import TRAINING_PASSES, total_cost
 from nemohybrid.observe.metrics import read_metrics
-from nemohybrid.parallel.context import ParallelContext, choose_device
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.world import choose_device
 from nemohybrid.train.run import run
 from nemohybrid.train.trainer import Trainer
 

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from nemohybrid.generate.load import load_for_inference
     from nemohybrid.generate.sampling import Sampling
-    from nemohybrid.parallel.context import choose_device
+    from nemohybrid.parallel.world import choose_device
 
     sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_k, options.top_p)
     model, tokenizer = load_for_inference(options.checkpoint, choose_device(options.device, 0), options.dtype)

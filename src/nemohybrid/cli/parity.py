@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from nemohybrid.cli.arguments import started_ranks, whole_number
+from nemohybrid.cli.arguments import data_ranks_for, started_ranks, whole_number
 from nemohybrid.cli.initial_model import with_initial_model
 from nemohybrid.cli.parity_report import introduction, table, verdict
 from nemohybrid.config.compose import compose_raw, load_config
@@ -24,8 +24,8 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2}
 """Shares of the largest entry of a tensor, by compute dtype; docs/parity.md says why."""
 MANY = 4
 """Tensor ranks; more of them add more summands, and get five times that."""
-BATCH_PER_RANK = 2
-"""Sequences of each data rank: the fewest that make two microbatches, whose gradients must add up."""
+MICROBATCHES = 2
+"""Of each data rank: the fewest whose gradients must add up; of each pipeline rank, for which it is two full rounds."""
 DEFAULTS = (
     "data.sequence_length=64",
     "train.microbatch=1",
@@ -61,10 +61,11 @@ A wrong layout mostly has a right loss, so look before a long run: with your mod
 random tokens in packed documents; no corpus is needed. Under torchrun its ranks are used, else they are started here."""
 EXAMPLES = """examples:
   nemohybrid parity model=tiny parallel.tensor=2
+  nemohybrid parity model=tiny_moe parallel.pipeline=2 parallel.expert=2
   torchrun --nproc-per-node 8 -m nemohybrid parity model=nemotron_h_8b 'model.pattern="M-M*-"' parallel.tensor=4
 
 Overrides are those of `train`. What is not given of batch, length and optimizer is small here, whatever an experiment
-says: rows of 64 tokens, two microbatches of one row on every data rank.
+says: rows of 64 tokens, two microbatches of one row on every data rank, times the ranks of a pipeline.
 
 The memory of rank 0 must hold the whole model, its gradients and optimizer state (16 bytes a parameter), as it is trained
 there alone. Shrink a large model to a few layers of each kind with model.pattern: all other sizes stay as they are.
@@ -86,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--ranks",
         type=whole_number,
-        help="processes to start; default: parallel.tensor x parallel.data, or x 2 where that is auto",
+        help="processes to start; default: parallel.tensor x parallel.pipeline x parallel.data, or x 2 or as many as the "
+        "experts need where that is auto",
     )
     p.add_argument("--dtype", choices=tuple(TOLERANCES), default="float32", help="instead of model.dtype")
     p.add_argument(
@@ -149,9 +151,15 @@ def composed(words: Sequence[str], ranks: int | None) -> tuple[RunConfig, int]:
     cfg = compose_raw(usable)
     layout, microbatch = cfg.parallel, cfg.train.microbatch or 1
     others = max(1, layout.tensor * layout.pipeline * layout.context)
-    data = int(layout.data) if str(layout.data).isdecimal() else max(1, ranks // others) if ranks else 2
+    data = (
+        int(layout.data)
+        if str(layout.data).isdecimal()
+        else max(1, ranks // others)
+        if ranks
+        else max(2, data_ranks_for(layout))
+    )
     ranks = ranks or others * max(1, data)
-    batch = BATCH_PER_RANK * max(1, data) * microbatch
+    batch = MICROBATCHES * max(1, data) * max(1, layout.pipeline) * microbatch
     return load_config([f"train.global_batch={batch}", *words], ranks), ranks
 
 
@@ -201,7 +209,7 @@ def _check_gpus(device: str, ranks: int) -> None:
 
 def check(config: RunConfig, args: argparse.Namespace) -> int:
     """Compare on this rank, one of those torchrun started; rank 0 tells what was found."""
-    from nemohybrid.parallel import context as world
+    from nemohybrid.parallel import world
     from nemohybrid.train.parity import compare
     from nemohybrid.train.run import check_agreement, join, say
     from nemohybrid.train.trainer import use_threads

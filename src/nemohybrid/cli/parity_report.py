@@ -65,5 +65,7 @@ def advice(context: "ParallelContext", config: RunConfig, worst: float, toleranc
         yield f"it may be rounding, as faults are mostly 1e-2 and more: compare with --tolerance {10 * tolerance:.0e}"
     smaller = [*["parallel.sequence=false"] * context.sequence, *["parallel.tensor=1"] * (tensor > 1)]
     smaller += ["parallel.data_mode=replicate"] if context.shard.size > 1 else []
+    smaller += ["parallel.pipeline=1"] if context.pipeline.size > 1 else []
+    smaller += ["parallel.expert=1 parallel.expert_tensor=null"] if context.experts is not None else []
     yield f"see which part it is: {', '.join([*smaller, 'fewer symbols in model.pattern'])}"
     yield "do not train with this layout before that is known; please report it with this output"

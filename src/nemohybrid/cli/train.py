@@ -105,7 +105,7 @@ def train(config: RunConfig) -> int:
     from nemohybrid.train.signals import StopSignals, exit_status
 
     with StopSignals() as signals:  # before the imports that take seconds
-        from nemohybrid.parallel import context as world
+        from nemohybrid.parallel import world
         from nemohybrid.train.run import join, run
 
         parallel = join(config)

@@ -40,3 +40,9 @@ class BatchPlan:
                 break
             done, samples, batch = done + steps, samples + steps * batch, batch + ramp.increment
         return batch, samples + (step - 1 - done) * batch
+
+
+def batch_sizes(train: TrainSection) -> range:
+    """Every size that the global batch takes during a run."""
+    start = train.batch_ramp.start or train.global_batch
+    return range(start, train.global_batch + 1, train.batch_ramp.increment)

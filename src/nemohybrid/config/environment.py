@@ -61,14 +61,40 @@ class ParallelSection(Section):
     data: str = option("auto", "data-parallel ranks; auto: what the others leave of the world")
     tensor: int = option(1, "ranks that share every matrix", minimum=1)
     sequence: bool = option(True, "tensor ranks also share the tokens of the residual stream (sequence parallelism)")
-    pipeline: int = option(1, "ranks that share the layers", minimum=1)
+    pipeline: int = option(
+        1, "ranks that share the layers: cut at `|` of the pattern, or by their modelled cost", minimum=1
+    )
+    virtual_pipeline: int | None = option(
+        None, "stages of a pipeline rank; empty: as many as the `|` of the pattern make, or 1", minimum=1
+    )
+    schedule: str = option(
+        "auto",
+        "the order of a pipeline's passes; auto: 1f1b, interleaved where a rank has several stages",
+        choices=("auto", "gpipe", "1f1b", "interleaved"),
+    )
     context: int = option(1, "ranks that share a sequence", minimum=1)
-    expert: int = option(1, "ranks that share the experts", minimum=1)
+    expert: int = option(1, "ranks that share the experts, of the data and tensor ranks of a stage", minimum=1)
+    expert_tensor: int | None = option(
+        None, "ranks that share the width of an expert; empty: 1 with expert > 1, else as tensor", minimum=1
+    )
+    dispatcher: str = option(
+        "auto",
+        "what takes tokens to folded experts; auto: deepep on GPUs where it is installed, else all_to_all",
+        choices=("auto", "all_to_all", "deepep"),
+    )
+    expert_room: float | None = option(
+        None,
+        "rows an all_to_all may take from rank to rank, as a multiple of the mean; a step that needs more is computed again "
+        "with twice the room. 0: as many as there are, for which the host must wait. Empty: 2 on GPUs, 0 elsewhere. "
+        "DeepEP needs none",
+        minimum=0.0,
+    )
     data_mode: str = option(
-        "full_shard",
+        "auto",
         "what data ranks share: full_shard weights, gradients and optimizer state; shard_grad the last two; "
-        "hybrid: full_shard within data_shard ranks, copies over the others; replicate: nothing",
-        choices=("full_shard", "shard_grad", "hybrid", "replicate"),
+        "hybrid: full_shard within data_shard ranks, copies over the others; replicate: nothing. "
+        "auto: full_shard, and shard_grad with pipeline > 1",
+        choices=("auto", "full_shard", "shard_grad", "hybrid", "replicate"),
     )
     data_shard: int | None = option(
         None, "with data_mode=hybrid, data ranks over which weights are cut; empty: those of one node", minimum=1

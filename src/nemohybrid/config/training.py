@@ -33,7 +33,9 @@ class TrainSection(Section):
         None, "end with a checkpoint after this step; the schedule stays that of `steps`", minimum=0
     )
     global_batch: int = option(8, "sequences in one optimizer step, over all ranks", minimum=1)
-    microbatch: int | None = option(None, "sequences a rank computes at a time; empty: its whole share", minimum=1)
+    microbatch: int | None = option(
+        None, "sequences a rank computes at a time; empty: its whole share, in a pipeline 1", minimum=1
+    )
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     recompute: str = option(
         "none",

@@ -1,7 +1,8 @@
 """`HybridModel`: embedding, the layers of a pattern, final norm, output projection."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from nemohybrid.model.embedding import VocabularyMatrix
 from nemohybrid.model.init import allocate, initialize
 from nemohybrid.model.layer import Layer
 from nemohybrid.model.linear import casting_modules
-from nemohybrid.model.moe import layer as moe_layer  # noqa: F401
+from nemohybrid.model.moe import layer as moe_layer
 from nemohybrid.model.mtp import MTPBlock, build_mtp, shifted
 from nemohybrid.model.norm import RMSNorm
 from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.model.stage import Stage, all_of
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.data import Unit
 from nemohybrid.parallel.layout import attach, layout_of
 from nemohybrid.parallel.tensor import TensorRanks
 from nemohybrid.symbols import parse_pattern
@@ -47,9 +50,20 @@ class HybridModel(nn.Module):
     Parameters are fp32 and computation is in `config.dtype`. `HybridModel.create` draws the weights from a seed of yours,
     the plain constructor from seed 0; under `torch.device("meta")` there are none until `materialize`.
     `recompute` keeps only the input of each layer for the backward pass.
+
+    With `stages` it is what a pipeline rank holds: the layers of these stages under their numbers in the whole model, and of
+    embedding, final norm, output projection and MTP blocks what the stages need. `schedule` is the order in which
+    microbatches pass them (`parallel.schedule`). `repeats` counts steps that were computed again, since exchanges between
+    experts were short of room; who looks at a step is told by `before_repeat` to forget it.
     """
 
-    def __init__(self, config: ModelConfig, context: ParallelContext | None = None) -> None:
+    embedding: VocabularyMatrix  # on the first stage, and on the last where it is tied or MTP blocks read it
+    final_norm: RMSNorm  # this and the next on the last stage
+    output: VocabularyMatrix
+
+    def __init__(
+        self, config: ModelConfig, context: ParallelContext | None = None, stages: Sequence[Stage] = ()
+    ) -> None:
         super().__init__()
         context = context or ParallelContext.single()
         if empty := [name for name in _DERIVED if getattr(config, name) is None]:
@@ -58,24 +72,44 @@ class HybridModel(nn.Module):
             )
         self.config = config
         self.dtype = DTYPES[config.dtype]
-        self.recompute = False
+        self.recompute, self.schedule = False, "1f1b"
+        self.repeats, self.before_repeat = 0, list[Callable[[], None]]()
+        self.context, self.stages = context, tuple(stages or all_of(config))
+        first, last = self.stages[0].is_first, self.stages[-1].is_last
         pattern = parse_pattern(config.pattern)
-        self.context = context
-        self.embedding = VocabularyMatrix(config, context)
-        self.layers = nn.ModuleList(Layer(symbol, config, context) for symbol in pattern.main)
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.output = self.embedding if config.tie_embeddings else VocabularyMatrix(config, context)
-        self.mtp, self.mtp_depth = build_mtp(pattern.mtp, pattern.mtp_depth, config, context), pattern.mtp_depth
-        if self.embedding.weight.device.type != "meta":
+        self.mtp_depth = pattern.mtp_depth
+        on_both_ends = bool(config.tie_embeddings or self.mtp_depth)
+        if first or (last and on_both_ends):
+            self.embedding = VocabularyMatrix(config, context)
+        self.layers = nn.ModuleList()
+        for number, symbol in self._own_layers():
+            self.layers.add_module(str(number), Layer(symbol, config, context))
+        if last:
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+            self.output = self.embedding if config.tie_embeddings else VocabularyMatrix(config, context)
+        self.mtp = build_mtp(pattern.mtp, self.mtp_depth if last else 0, config, context)
+        if on_both_ends and first != last:
+            _mark_end(self.embedding, 0 if first else 1)
+        if torch.empty(0).device.type != "meta":
             initialize(self, seed=0)
 
     @classmethod
-    def create(cls, config: ModelConfig, seed: int = 0, context: ParallelContext | None = None) -> "HybridModel":
+    def create(
+        cls,
+        config: ModelConfig,
+        seed: int = 0,
+        context: ParallelContext | None = None,
+        stages: Sequence[Stage] = (),
+    ) -> "HybridModel":
         """A model with initial weights drawn from `seed`, on the context's device."""
         context = context or ParallelContext.single()
         with torch.device("meta"):
-            model = cls(config, context)
+            model = cls(config, context, stages)
         return model.materialize(context.device, seed)
+
+    def _own_layers(self) -> Iterator[tuple[int, str]]:
+        for stage in self.stages:
+            yield from stage.layers.items()
 
     def materialize(self, device: torch.device | str, seed: int) -> "HybridModel":
         """Allocate a meta model on `device` and draw its initial weights. Returns self."""
@@ -83,17 +117,22 @@ class HybridModel(nn.Module):
         initialize(self, seed)
         return self
 
-    def sharding_units(self) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    def sharding_units(self, stage: Stage | None = None) -> Iterator[Unit]:
         """Modules whose weights are only needed while they run, each with those of its parts that use a cast of theirs.
 
-        Of weights that are used several times in a pass, as those of a repeated MTP block, there is no common cast: their
-        gradients must add up in fp32.
+        stage: of this one alone. Of weights that are used several times in a pass, as those of a repeated MTP block, there
+        is no common cast: their gradients must add up in fp32.
         """
-        for layer in self.layers:
-            yield layer, list(casting_modules(layer))
-        for block in self.mtp:
+        for number in dict(self._own_layers()) if stage is None else stage.layers:
+            yield self._unit(self.layers.get_submodule(str(number)))
+        for block in self.mtp if stage is None or stage.is_last else ():
             for layer in block.get_submodule("layers").children():
-                yield layer, list(casting_modules(layer)) if len(self.mtp) == self.mtp_depth else []
+                yield self._unit(layer, casts=len(self.mtp) == self.mtp_depth)
+
+    def _unit(self, layer: nn.Module, casts: bool = True) -> Unit:
+        experts = [part for part in layer.modules() if isinstance(part, moe_layer.Experts) and part.is_folded]
+        casting = [part for part in casting_modules(layer) if part not in experts] if casts else []
+        return Unit(layer, casting, experts, casts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HybridModel":
         """A copy with its layouts, such as an average of weights is; a copied `Parameter` loses them."""
@@ -113,11 +152,33 @@ class HybridModel(nn.Module):
         """How the tokens of these rows lie on the tensor ranks. While generating all ranks have all tokens."""
         return TensorRanks(self.context.tensor, cut=self.context.sequence and seq.cache is None)
 
-    def hidden_states(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        seq: SequenceContext | None = None,
+        stage: Stage | None = None,
+        x: Tensor | None = None,
+    ) -> Tensor:
         """input_ids [B, L] -> [B*L, D], after the final norm: what the output projection and draft heads read.
 
         With sequence parallelism it is this rank's equal run of the B*L tokens. Raises DataError where they do not divide.
+
+        stage: only through the layers of this one, from `x`, what the stage before returned (None for the first); the final
+        norm is part of the last.
         """
+        assert stage or len(self.stages) == 1, "of several stages one must be named"
+        stage = stage or self.stages[0]
+        seq = self._described(input_ids, seq)
+        if stage.is_first:
+            x = self.embedding.embed(input_ids, self.dtype, seq)
+        assert x is not None, "only the first stage starts from nothing"
+        states = self._run((self.layers.get_submodule(str(number)) for number in stage.layers), x, seq)
+        if stage.is_last:
+            states = self.final_norm(states)
+        seq.advance()
+        return states
+
+    def _described(self, input_ids: Tensor, seq: SequenceContext | None) -> SequenceContext:
         batch, length = input_ids.shape
         if not input_ids.numel():
             raise DataError(f"input_ids are {[batch, length]}: there is no token")
@@ -127,10 +188,7 @@ class HybridModel(nn.Module):
             raise DataError(f"input_ids are {[batch, length]}, but the sequence context describes {described}")
         seq.ranks = self.tensor_ranks(seq)
         seq.ranks.check(seq.tokens)
-        x = self.embedding.embed(input_ids, self.dtype, seq)
-        x = self.final_norm(self._run(self.layers, x, seq))
-        seq.advance()
-        return x
+        return seq
 
     def forward_mtp(self, input_ids: Tensor, seq: SequenceContext | None = None) -> list[Tensor]:
         """input_ids [B, L] -> for each MTP depth k = 0, 1, ... logits [B, L-1-k, vocab_size].
@@ -172,3 +230,8 @@ class HybridModel(nn.Module):
             else:
                 x = layer(x, seq)
         return x
+
+
+def _mark_end(matrix: VocabularyMatrix, end: int) -> None:
+    """Both ends of the pipeline hold it, start from the same values, and add up their gradients."""
+    attach(matrix.weight, replace(layout_of(matrix.weight), end=end))

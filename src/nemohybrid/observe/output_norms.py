@@ -41,22 +41,25 @@ class OutputNorms:
     """
 
     def __init__(self, model: HybridModel) -> None:
-        self.slots = list(linear_slots(model))
+        self.slots, self.model = list(linear_slots(model)), model
         self._squares: dict[nn.Module, Tensor] = {}  # [out], summed over tokens, fp32
         self._tokens: dict[nn.Module, int] = {}
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Begin, from nothing."""
+        """Begin, from nothing; again where a step is computed again."""
         self.detach()
         self._squares, self._tokens = {}, {}
         self._handles = [module.register_forward_hook(self._look) for _, module in self.slots]
+        self.model.before_repeat.append(self.attach)
 
     def detach(self) -> None:
         """Stop; the model runs as if nobody had ever looked."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self.attach in self.model.before_repeat:
+            self.model.before_repeat.remove(self.attach)
 
     def _look(self, module: nn.Module, _: Any, output: Tensor) -> None:
         rows = output.detach().flatten(0, -2).float()

@@ -4,6 +4,9 @@ None is differentiable by itself: `parallel.tensor` says what goes forward and w
 is sent, and the result has the right shape.
 """
 
+import json
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives
@@ -87,6 +90,15 @@ def gather_bytes(payload: bytes, group: Group, device: torch.device) -> list[byt
     everyone = [torch.empty_like(mine) for _ in range(group.size)]
     dist.all_gather(everyone, mine, group=group.handle)
     return [bytes(t.cpu().numpy()) for t in everyone]
+
+
+def gather_json(item: Any, group: Group, device: torch.device) -> list[Any]:
+    """What every rank passed, in rank order. Blanks at the end, which mean nothing in JSON, make all equally long."""
+    if group.handle is None:
+        return [item]
+    text = json.dumps(item).encode()
+    longest = int(largest_over(torch.tensor(len(text), device=device), group).item())
+    return [json.loads(other) for other in gather_bytes(text.ljust(longest), group, device)]
 
 
 def wait_for_all(context: ParallelContext) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-
-from nemohybrid.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -33,12 +29,69 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Axes:
+    """Into how many ranks a world is divided along each axis; data ranks are what the others leave of it.
+
+    shard: data ranks over which weights are cut; sequence: tensor ranks share the tokens of the residual stream. Experts
+    have axes of their own over the ranks of a pipeline stage: expert x expert_tensor (None: as `tensor`) ranks hold them all,
+    and a `dispatcher` with so much `room` takes tokens to them (`parallel.expert`).
+    """
+
+    tensor: int = 1
+    shard: int = 1
+    sequence: bool = True
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    dispatcher: str = "auto"
+    room: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Ranks that share the width of an expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def block(self) -> int:
+        """Ranks that hold all experts together."""
+        return self.expert * self.width
+
+    @property
+    def folds(self) -> bool:
+        """Whether experts lie on the ranks in another way than everything else does."""
+        return (self.expert, self.width) != (1, self.tensor)
+
+
+@dataclass(frozen=True)
+class ExpertRanks:
+    """How the ranks of a pipeline stage hold the experts (parallel folding, arXiv 2504.14960).
+
+    expert: ranks that have different experts; tensor: ranks that share the width of the same ones; block: both together,
+    all experts in rank order expert * tensor ranks + tensor rank; data: ranks that hold the same part of the same experts,
+    and see other tokens; shard: those of them over which that part is cut, and `mesh` as FSDP wants it.
+    """
+
+    expert: Group = Group()
+    tensor: Group = Group()
+    block: Group = Group()
+    data: Group = Group()
+    shard: Group = Group()
+    mesh: DeviceMesh | None = None
+    dispatcher: str = "auto"
+    room: float = 0.0
+
+
+@dataclass(frozen=True)
 class ParallelContext:
     """The groups a rank belongs to, and the device it computes on. Handed to whoever communicates; there is no global one.
 
     data: ranks that share the batch; tensor: ranks that share every matrix; shard: the data ranks over which weights,
     gradients and optimizer state are cut, and `mesh` the same as FSDP wants it (with the copies of HSDP as first
     dimension); sequence: the tensor ranks also share the tokens of the residual stream.
+
+    pipeline: ranks that share the layers; onward: the same in a group of its own, for what goes forward; stage: the ranks
+    that hold the same layers as this one; ends: this rank's peer at
+    the other end of the pipeline, where it is at an end. experts: None where they lie on the ranks as all else does.
     """
 
     device: torch.device
@@ -49,6 +102,11 @@ class ParallelContext:
     shard: Group = Group()
     mesh: DeviceMesh | None = None
     sequence: bool = False
+    pipeline: Group = Group()
+    onward: Group = Group()
+    stage: Group = Group()
+    ends: Group = Group()
+    experts: ExpertRanks | None = None
 
     @property
     def is_main(self) -> bool:
@@ -62,8 +120,8 @@ class ParallelContext:
 
     @property
     def tokens(self) -> Group:
-        """The ranks over which the tokens of a global batch lie, each on one of them."""
-        return self.world if self.sequence and self.tensor.size > 1 else self.data
+        """The ranks over which the tokens of a global batch lie while they pass a layer, each on one of them."""
+        return self.stage if self.sequence and self.tensor.size > 1 else self.data
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelContext:
         """Itself, as its groups are."""
@@ -75,96 +133,17 @@ class ParallelContext:
         return cls(torch.device(device))
 
     @classmethod
-    def imaginary(cls, tensor: int, sequence: bool = True) -> ParallelContext:
-        """The first of `tensor` ranks that are not there: for counting what one would hold, on the meta device."""
-        return cls(torch.device("meta"), tensor=Group(tensor), sequence=sequence)
-
-
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) without it."""
-    return tuple(
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )  # pyright: ignore[reportReturnType]
-
-
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """`auto` takes this rank's GPU where there is one. Raises ConfigError for `cuda` where this rank has none."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        seen = torch.cuda.device_count()
-        legal = "cpu, or no more ranks on this machine than it has GPUs" if seen else "cpu, auto"
-        raise ConfigError(f"no GPU {local_rank} here ({seen} seen by torch). Legal: {legal}")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def start(
-    device: str = "auto",
-    backend: str = "auto",
-    timeout_minutes: float = 10.0,
-    tensor: int = 1,
-    shard: int = 1,
-    sequence: bool = True,
-) -> ParallelContext:
-    """Join the job torchrun started, or stay alone. Call once per process; `stop` undoes it. Sizes as in `divide`."""
-    _, local_rank, world_size = world_from_environment()
-    chosen = choose_device(device, local_rank)
-    if world_size == 1:
-        return ParallelContext(chosen)
-    backend = ("nccl" if chosen.type == "cuda" else "gloo") if backend == "auto" else backend
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout, device_id=chosen if chosen.type == "cuda" else None)
-    return divide(chosen, tensor, shard, sequence, timeout)
-
-
-def divide(
-    device: torch.device,
-    tensor: int = 1,
-    shard: int = 1,
-    sequence: bool = True,
-    timeout: datetime.timedelta | None = None,
-) -> ParallelContext:
-    """The groups of this rank in a world that has met: `tensor` ranks to a matrix, weights cut over `shard` data ranks.
-
-    Tensor ranks are neighbours, since they talk most: rank = (copy * shard + part) * tensor + tensor rank. `timeout` of a
-    collective; None: torch's. Collective.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    assert world % (tensor * shard) == 0, f"{world} ranks are not made of {tensor} x {shard}"
-    copies = world // (tensor * shard)
-    mesh = init_device_mesh(device.type, (copies, shard, tensor), mesh_dim_names=("copy", "shard", "tensor"))
-    both, meshes = mesh["copy", "shard"], {name: mesh[name] for name in ("copy", "shard", "tensor")}
-    meshes["data"] = both._flatten("data") if min(copies, shard) > 1 else meshes["copy" if copies > 1 else "shard"]
-    groups = {name: _group(part, timeout) for name, part in meshes.items()}
-    return ParallelContext(
-        device,
-        rank,
-        world,
-        data=groups["data"],
-        tensor=groups["tensor"],
-        shard=groups["shard"],
-        mesh=(both if copies > 1 else meshes["shard"]) if shard > 1 else None,
-        sequence=sequence and tensor > 1,
-    )
-
-
-def _group(mesh: DeviceMesh, timeout: datetime.timedelta | None) -> Group:
-    if mesh.size() == 1:
-        return Group()
-    if timeout is not None:  # a mesh makes its groups with torch's own
-        dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group())
-    return Group(mesh.size(), mesh.get_local_rank(), mesh.get_group())
-
-
-def stop() -> None:
-    """Leave the job, after everyone is done: a rank that leaves early makes its peers fail.
-
-    Not for a rank that fails: its barrier would meet another collective of its peers. It just exits, and they notice.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    def imaginary(cls, axes: Axes, stage: int = 0) -> ParallelContext:
+        """A rank of a job that is not there, the first of pipeline rank `stage`: to count what it would hold, on meta."""
+        block = Group(axes.block)
+        experts = (
+            ExpertRanks(Group(axes.expert), Group(axes.width), block, room=axes.room or 0.0) if axes.folds else None
+        )
+        return cls(
+            torch.device("meta"),
+            tensor=Group(axes.tensor),
+            sequence=axes.sequence and axes.tensor > 1,
+            pipeline=Group(axes.pipeline, stage),
+            ends=Group(2, min(stage, 1)) if axes.pipeline > 1 and stage in (0, axes.pipeline - 1) else Group(),
+            experts=experts,
+        )

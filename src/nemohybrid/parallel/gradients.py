@@ -24,6 +24,27 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
         _sum_in_buckets((_gradient(parameter) for parameter in parameters), group)
 
 
+def sum_over_data_ranks(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
+    """Sum gradients over the ranks that hold the same and saw other tokens: for folded experts those of their own grid."""
+    parameters = list(parameters)
+    dense, experts = (_of_grid(parameters, of_experts) for of_experts in (False, True))
+    sum_gradients(dense, context.data)
+    if context.experts is not None:
+        sum_gradients(experts, context.experts.data)
+
+
+def sum_over_ends(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
+    """Sum the gradients of what both ends of a pipeline hold: an embedding that the first stage and the output or the MTP
+    blocks of the last one use.
+    """
+    if context.ends.handle is not None:
+        sum_gradients((p for p in parameters if layout_of(p).end is not None), context.ends)
+
+
+def _of_grid(parameters: Iterable[nn.Parameter], of_experts: bool) -> list[nn.Parameter]:
+    return [p for p in parameters if layout_of(p).of_experts == of_experts]
+
+
 def sum_partial_gradients(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
     """Sum over the tensor ranks what are summands there: norms and routers that saw some of the tokens, norms of heads,
     key/value heads that several ranks hold. Layouts say which. Once a step, in buckets.
@@ -86,14 +107,23 @@ def gradient_norm(parameters: Iterable[nn.Parameter], context: ParallelContext |
 
     Every element counts once, on the first of the ranks that hold it.
     """
-    groups = [g for g in (context.tensor, context.shard) if g.size > 1] if context else []
-    if context is None or not groups:
+    parameters = list(parameters)
+    if context is None or context.world_size == 1:
         return _norm([p.grad for p in parameters if p.grad is not None])
+    total = _square(_of_grid(parameters, of_experts=False), context, (context.tensor, context.shard))
+    if context.experts is not None:
+        experts = _of_grid(parameters, of_experts=True)
+        total = total + _square(experts, context, (context.experts.block, context.experts.shard))
+    return sum_over(total, context.pipeline).sqrt()
+
+
+def _square(parameters: list[nn.Parameter], context: ParallelContext, groups: Iterable[Group]) -> Tensor:
+    """Of the norm over what the ranks of `groups` hold together, an fp32 scalar."""
     owned = [part for parameter in parameters for part in _owned(parameter, context)]
     square = _norm(owned).square() if owned else torch.zeros((), device=context.device)
     for group in groups:
         sum_over(square, group)
-    return square.sqrt()
+    return square
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
@@ -104,10 +134,10 @@ def _norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _owned(parameter: nn.Parameter, context: ParallelContext) -> Iterator[Tensor]:
-    """The parts of a gradient that no tensor rank before this one holds too."""
-    if parameter.grad is None:
-        return
+    """The parts of a gradient that no tensor rank and no pipeline rank before this one holds too."""
     layout = layout_of(parameter)
+    if parameter.grad is None or layout.end == 1:
+        return
     if layout.shard is not None:
         yield from (box.of(parameter.grad) for box in layout.boxes if box.copy == 0)
     elif context.tensor.rank == 0:

@@ -96,6 +96,9 @@ class ParamLayout:
 
     shard None: every tensor rank holds all of it, and `partial` says what their gradients are. Else this is rank `rank` of
     the `ranks` that share it. `rows`: the rows of that part which a sharding data rank keeps; None: all.
+
+    of_experts: it lies on the grid of experts (`ParallelContext.experts`), and `span` are the rows, which are experts, that
+    this expert rank holds. end: 0 or 1 where the first and the last stage of a pipeline both hold it; which of them this is.
     """
 
     pieces: tuple[Piece, ...]
@@ -104,6 +107,9 @@ class ParamLayout:
     ranks: int = 1
     partial: Partial = "tokens"
     rows: tuple[int, int] | None = None
+    of_experts: bool = False
+    span: tuple[int, int] | None = None
+    end: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -118,13 +124,12 @@ class ParamLayout:
     @property
     def is_whole(self) -> bool:
         """Whether this rank holds all of it, and nothing else does but copies."""
-        return self.ranks == 1 and self.rows is None
+        return self.ranks == 1 and self.rows is None and self.span is None
 
     @property
     def boxes(self) -> list[Box]:
         """What this rank holds, in the order in which it is stored; empty boxes are left out."""
-        stacked = self._stacked()
-        return stacked if self.rows is None else [box for b in stacked if (box := b.in_rows(*self.rows))]
+        return _in_rows(self._stacked(), self.rows)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -148,7 +153,7 @@ class ParamLayout:
         for piece in self.pieces:
             first = _end(boxes)
             boxes += self._cut(piece, first) if self.shard and self.ranks > 1 else [_all_of(piece, first)]
-        return [box for box in boxes if 0 not in box.shape]
+        return _in_rows([box for box in boxes if 0 not in box.shape], self.span)
 
     def _cut(self, piece: Piece, first: int) -> list[Box]:
         """One box a block, one behind the other along the axis that is cut."""
@@ -171,6 +176,10 @@ class ParamLayout:
         return boxes
 
 
+def _in_rows(boxes: list[Box], rows: tuple[int, int] | None) -> list[Box]:
+    return boxes if rows is None else [part for box in boxes if (part := box.in_rows(*rows))]
+
+
 def _end(boxes: Iterable[Box]) -> int:
     """Local rows up to the end of the last box."""
     return max((box.local[0] + box.shape[0] for box in boxes), default=0)
@@ -190,6 +199,24 @@ def parameter(
     """
     group = context.tensor if context and shard else None
     layout = ParamLayout(pieces, shard, group.rank if group else 0, group.size if group else 1, partial)
+    return attach(nn.Parameter(torch.empty(layout.tensor_shape, dtype=torch.float32)), layout)
+
+
+def expert_parameter(piece: Piece, shard: Shard, context: ParallelContext) -> nn.Parameter:
+    """This rank's part of a stack of all experts [E, ...]: some of them, and of each a part along `shard.axis`.
+
+    Raises ConfigError for experts that do not divide.
+    """
+    ranks = context.experts
+    if ranks is None:
+        return parameter(piece, shard=shard, context=context)
+    experts, own = piece.shape[0], piece.shape[0] // ranks.expert.size
+    if experts % ranks.expert.size:
+        raise ConfigError(f"{experts} experts cannot be shared by {ranks.expert.size} ranks")
+    first = ranks.expert.rank * own
+    layout = ParamLayout(
+        (piece,), shard, ranks.tensor.rank, ranks.tensor.size, of_experts=True, span=(first, first + own)
+    )
     return attach(nn.Parameter(torch.empty(layout.tensor_shape, dtype=torch.float32)), layout)
 
 

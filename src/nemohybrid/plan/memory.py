@@ -7,33 +7,38 @@ small models. Left out: the allocator's fragments, and on a GPU the context of C
 """
 
 # B rows of a microbatch, L length, T tokens = B*L, D hidden
+import math
 import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from nemohybrid.config.model import ModelConfig
+from nemohybrid.config.ranks import data_mode, microbatch
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.mlp import fc1_outputs
-from nemohybrid.model.mtp import MTPBlock
-from nemohybrid.model.sequence import SequenceContext
-from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.model.stage import of_rank
+from nemohybrid.parallel.context import Axes, ParallelContext
+from nemohybrid.parallel.data import Unit
+from nemohybrid.parallel.layout import layout_of
+from nemohybrid.parallel.schedule import in_flight
+from nemohybrid.parallel.world import room_on
+from nemohybrid.plan.axes import axes
+from nemohybrid.plan.cut import staged
+from nemohybrid.plan.kept import kept_by, kept_by_microbatch
+from nemohybrid.plan.pipeline import peak_activations, plan_pipeline
 from nemohybrid.symbols import parse_pattern
 
 GIB = 2**30
 SMALLER = (
-    "Take a smaller model, a device with more memory, or more ranks that share it (parallel.tensor, or "
-    "parallel.data_mode=full_shard)."
+    "Take a smaller model, a device with more memory, or more ranks that share it (parallel.tensor, "
+    "parallel.pipeline, or parallel.data_mode=full_shard)."
 )
 FP32 = 4
 
@@ -58,20 +63,33 @@ class MemoryEstimate:
         return "\n".join(lines + ([f"  activations not counted: {self.left_out}"] if self.left_out else []))
 
 
-def estimate(config: RunConfig, data_ranks: int, shard_ranks: int = 1) -> MemoryEstimate:
+def estimate(
+    config: RunConfig, data_ranks: int, shard_ranks: int = 1, stage: int = 0, device: str = "cpu"
+) -> MemoryEstimate:
     """What a rank of `config` keeps at the height of a step.
 
-    data_ranks share the global batch; shard_ranks of them cut weights, gradients and optimizer state among themselves.
+    data_ranks share the global batch; shard_ranks of them cut weights, gradients and optimizer state among themselves;
+    stage: which pipeline rank it is; device: its type, which decides about the room of exchanges between experts.
     """
+    divided = replace(axes(config, data_ranks), shard=shard_ranks)
+    divided = replace(divided, room=room_on(torch.device(device), divided))
     with torch.device("meta"):
-        model = HybridModel(config.model, ParallelContext.imaginary(config.parallel.tensor, config.parallel.sequence))
-    share = max(1, config.train.global_batch // data_ranks)
-    rows = config.train.microbatch or share
-    fixed = _whole(model) if shard_ranks == 1 else _cut(model, config, shard_ranks, several=share > rows)
+        context = ParallelContext.imaginary(divided, stage)
+        model = HybridModel(config.model, context, of_rank(staged(config), stage))
+    rows = microbatch(config, data_ranks)
+    microbatches = max(1, config.train.global_batch // data_ranks // rows)
+    fixed = _whole(model) if shard_ranks == 1 else _cut(model, config, Cuts.of(divided), several=microbatches > 1)
     try:
+        if config.parallel.pipeline > 1:
+            return MemoryEstimate(fixed, _in_flight(model, config, microbatches, stage))
         return MemoryEstimate(fixed, _activations(model, config, rows))
     except Exception as error:  # a mixer of the user's own may do what has no meta form; that must not stop a run
         return MemoryEstimate(fixed, {}, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def estimate_of(config: RunConfig, context: ParallelContext) -> MemoryEstimate:
+    """For this rank."""
+    return estimate(config, context.data.size, context.shard.size, context.pipeline.rank, context.device.type)
 
 
 def _whole(model: HybridModel) -> dict[str, int]:
@@ -79,138 +97,126 @@ def _whole(model: HybridModel) -> dict[str, int]:
     return {"weights, fp32": weights, "gradients, fp32": weights, "optimizer, two fp32 moments": 2 * weights}
 
 
-def _cut(model: HybridModel, config: RunConfig, ranks: int, several: bool) -> dict[str, int]:
+@dataclass(frozen=True)
+class Cuts:
+    """Over how many ranks rows are cut: those of folded experts, and all others."""
+
+    dense: int = 1
+    experts: int = 1
+
+    @classmethod
+    def of(cls, divided: Axes) -> "Cuts":
+        """Of a world that cuts weights."""
+        return cls(divided.shard, max(1, divided.shard * divided.tensor // divided.block))
+
+    def ranks(self, parameter: nn.Parameter) -> int:
+        """That cut this one."""
+        return self.experts if layout_of(parameter).of_experts else self.dense
+
+
+def _cut(model: HybridModel, config: RunConfig, cuts: Cuts, several: bool) -> dict[str, int]:
     """With FSDP: a share of everything, what is gathered at a time, and gradients before they are summed over ranks.
 
     several: microbatches a step. Their gradients add up whole on every rank, unless they are summed after each.
     """
-    weights, own = _weights(model), _weights(model, ranks) // ranks
-    padded = [
-        (_weights(module, ranks), _sent(module, casting, model, ranks)) for module, casting in model.sharding_units()
-    ]
+    weights, own = _weights(model), _own_weights(model, cuts)
+    padded = [(_weights(unit.module, cuts), _sent(unit, model, cuts)) for unit in model.sharding_units()]
     units = [sent for _, sent in padded]
-    others = _weights(model, ranks) - sum(whole for whole, _ in padded)  # gathered from first to last
+    others = _weights(model, cuts) - sum(whole for whole, _ in padded)  # gathered from first to last
     at_a_time = (
-        sum(units) if config.parallel.data_mode == "shard_grad" else sum(sorted(units)[-2:])
+        sum(units) if data_mode(config.parallel) == "shard_grad" else sum(sorted(units)[-2:])
     )  # one is prefetched
     keeps_whole = several and not config.parallel.reduce_every_microbatch
     largest = max((whole for whole, _ in padded), default=0)
+    part = f"1/{cuts.dense}" + (f", of experts 1/{cuts.experts}" if cuts.experts != cuts.dense else "")
     return {
-        f"weights, fp32, 1/{ranks}": own,
-        f"optimizer, two fp32 moments, 1/{ranks}": 2 * own,
-        f"gradients, fp32, 1/{ranks}": own,
+        f"weights, fp32, {part}": own,
+        f"optimizer, two fp32 moments, {part}": 2 * own,
+        f"gradients, fp32, {part}": own,
         "weights gathered at a time": others + at_a_time,
         "gradients before they are summed": weights if keeps_whole else others + 2 * largest,
     }
 
 
-def _weights(module: nn.Module, ranks: int = 1) -> int:
+def _own_weights(module: nn.Module, cuts: Cuts) -> int:
+    """Bytes in fp32 of the largest part of a rank: 8 experts on 64 ranks are one each."""
+    return FP32 * sum(-(-len(p) // cuts.ranks(p)) * p[:1].numel() for p in module.parameters())
+
+
+def _weights(module: nn.Module, cuts: Cuts = Cuts()) -> int:
     """Bytes in fp32, with the padding by which rows become equal parts: 8 experts on 64 ranks are 64."""
-    return FP32 * sum(-(-len(p) // ranks) * ranks * p[0].numel() for p in module.parameters())
+    return FP32 * sum(-(-len(p) // cuts.ranks(p)) * cuts.ranks(p) * p[:1].numel() for p in module.parameters())
 
 
-def _sent(module: nn.Module, casting: list[nn.Module], model: HybridModel, ranks: int) -> int:
+def _sent(unit: Unit, model: HybridModel, cuts: Cuts) -> int:
     """Bytes of a unit's weights when they are gathered: some as a cast."""
-    return _weights(module, ranks) - (FP32 - model.dtype.itemsize) * sum(_weights(c, ranks) for c in casting) // FP32
+    experts = unit.experts if unit.experts_cast else ()
+    cast = sum(_weights(part, cuts) for part in (*unit.casting, *experts))
+    return _weights(unit.module, cuts) - (FP32 - model.dtype.itemsize) * cast // FP32
+
+
+def _in_flight(model: HybridModel, config: RunConfig, microbatches: int, stage: int) -> dict[str, int]:
+    """Activations of a pipeline rank, whose microbatches wait for their way back."""
+    plan = plan_pipeline(config, microbatches)
+    rows, length, own = microbatch(config, 1), config.data.sequence_length, plan.segments[stage]
+    symbols = {symbol for segment in own for symbol in segment.symbols}
+    symbols |= set(plan.pattern.mtp if stage == plan.ranks - 1 else "")
+    kept = kept_by_microbatch(config, rows, room=model.context.experts.room if model.context.experts else None)
+    most = in_flight(plan.schedule, stage, plan.ranks, len(plan.pattern.segments), plan.microbatches)
+    largest = max((kept.layers[symbol] for symbol in symbols), default=0)
+    experts = _passing_experts(model, config.model, rows * length) if "E" in symbols else 0
+    masked = most if "*" in symbols and config.data.reset_documents else 0
+    found = {
+        f"{most} passes in flight, {rows} x {length} tokens": peak_activations(config, plan)[stage],
+        "backward of the largest layer": 2 * largest + experts,
+        "logits, their gradient": 2 * kept.logits if stage == plan.ranks - 1 else 0,
+        "document masks": masked * 3 * rows * length**2,
+    }
+    return {name: size for name, size in found.items() if size}
 
 
 def _activations(model: HybridModel, config: RunConfig, rows: int) -> dict[str, int]:
     length, parsed = config.data.sequence_length, parse_pattern(config.model.pattern)
-    pattern, depths, seq = parsed.main, parsed.mtp_depth, SequenceContext(rows, length)
-    seq.ranks = model.tensor_ranks(seq)
-    own_tokens = seq.tokens // seq.ranks.group.size if seq.ranks.cut else seq.tokens
-    x = torch.empty(own_tokens, config.model.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
-    stream = x.nbytes
-    kinds = _one_of_each(model, pattern, parsed.mtp)
-    kept = {symbol: _kept_for_backward(lambda layer=layer: layer(x, seq), model) for symbol, layer in kinds.items()}
-    logits = seq.tokens * model.output.weight.shape[0] * x.element_size()
-    head = _kept_for_backward(lambda: model.output.own_logits(seq.enter(model.final_norm(x))), model) + logits
+    pattern, depths, kept = parsed.main, parsed.mtp_depth, kept_by(model, config, rows)
     mask = (
         3 * rows * length**2 if "*" in pattern + parsed.mtp and config.data.reset_documents else 0
     )  # bool, and bf16 for the kernel
     where = f"{rows} x {length} tokens"
-    largest = max(kept.values())
+    largest = max(kept.layers.values())
     if config.train.recompute == "layer":
-        layers = {f"layer inputs, {where}": len(pattern) * stream, "one layer, computed again": largest}
-        block, heads = len(parsed.mtp) * stream, 1  # the logits of one head at a time
+        layers = {f"layer inputs, {where}": len(pattern) * kept.stream, "one layer, computed again": largest}
+        block, heads = len(parsed.mtp) * kept.stream, 1  # the logits of one head at a time
     else:
         layers = {
-            f"{count} {symbol} layers, {where}": count * kept[symbol]
+            f"{count} {symbol} layers, {where}": count * kept.layers[symbol]
             for symbol, count in sorted(Counter(pattern).items())
         }
-        block, heads = sum(kept[symbol] for symbol in parsed.mtp), 1 + depths
+        block, heads = sum(kept.layers[symbol] for symbol in parsed.mtp), 1 + depths
     if depths:
-        layers[f"{depths} MTP depths, {where}"] = depths * (_kept_by_combining(model, x) + block)
-    ranks = seq.ranks.group.size
-    passing = 2 * largest + (_passing_experts(config.model, seq.tokens, x.element_size(), ranks) if "E" in kinds else 0)
-    others = {"backward of the largest layer": passing, "logits, their gradient, the loss": heads * head + logits}
+        layers[f"{depths} MTP depths, {where}"] = depths * (kept.combine + block)
+    experts = _passing_experts(model, config.model, rows * length) if "E" in kept.layers else 0
+    others = {
+        "backward of the largest layer": 2 * largest + experts,
+        "logits, their gradient, the loss": heads * kept.head + kept.logits,
+    }
     return layers | others | ({"document mask": mask} if mask else {})
 
 
-def _one_of_each(model: HybridModel, main: str, mtp: str) -> dict[str, nn.Module]:
-    """Symbol -> a layer of it, of the model or else of its MTP part."""
-    layers = [*zip(main, model.layers, strict=True)]
-    for block in model.mtp[:1]:
-        assert isinstance(block, MTPBlock)
-        layers += zip(mtp, block.layers, strict=True)
-    return dict(reversed(layers))
-
-
-def _kept_by_combining(model: HybridModel, x: Tensor) -> int:
-    """What the entry of one MTP depth keeps: the next tokens' embeddings, and both halves of what `eh_proj` reads."""
-    block = model.mtp[0]
-    assert isinstance(block, MTPBlock)
-    return _kept_for_backward(lambda: block.combine(torch.empty_like(x).requires_grad_(), x), model)
-
-
-def _passing_experts(m: ModelConfig, tokens: int, itemsize: int, ranks: int) -> int:
+def _passing_experts(model: HybridModel, m: ModelConfig, tokens: int) -> int:
     """What the backward pass of experts makes, who keep little (nemohybrid_kernels/moe/grouped.py): the rows of all visits
     twice at the width of the input and once within the experts; one of the stacked matrices cast, its gradient, and that
-    gradient in fp32."""
-    width, inner = (
-        m.moe_latent_size or m.hidden_size,
-        sum(fc1_outputs(m.activation, m.moe_ffn_hidden_size or 0).values()) // ranks,
-    )
+    gradient in fp32. Folded experts are taken to get the mean load, and as many empty rows as there is room for."""
+    context, itemsize = model.context, model.dtype.itemsize
+    ranks, share = context.tensor.size, 1
+    if context.experts is not None:
+        ranks, share = context.experts.tensor.size, context.experts.expert.size
+        tokens = math.ceil(
+            tokens * ranks * max(1.0, context.experts.room) / (context.tensor.size if context.sequence else 1)
+        )
+    width = m.moe_latent_size or m.hidden_size
+    inner = sum(fc1_outputs(m.activation, m.moe_ffn_hidden_size or 0).values()) // ranks
     rows = tokens * m.moe_top_k * (2 * width + inner) * itemsize
-    return rows + m.num_experts * width * inner * (2 * itemsize + FP32)
-
-
-def _kept_for_backward(compute: Callable[[], Tensor], model: HybridModel) -> int:
-    """Bytes that autograd saves while `compute` runs, parameters left out, each storage once."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}  # the tensor too: a storage that is freed gives its address to another
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage.nbytes(), tensor
-        return tensor
-
-    with _MetaStandIns(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compute()
-    return sum(size for size, _ in kept.values())
-
-
-class _MetaStandIns(TorchFunctionMode):
-    """What has no meta form for every type, or one that keeps more than the real kernel: grouped products, attention."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
-        if func is F.grouped_mm:
-            rows, matrices = args
-            return rows.new_empty(len(rows), matrices.shape[2])
-        return func(*args, **(kwargs or {}))
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Keeps what flash attention keeps: inputs, output, and a log-sum-exp a row and head."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
-        return out
+    return rows + m.num_experts // share * width * inner * (2 * itemsize + FP32)
 
 
 def available_memory(device: torch.device) -> int:
@@ -241,7 +247,7 @@ def check_fits(config: RunConfig, context: ParallelContext) -> list[str]:
     Raises TrainingError when weights, gradients and optimizer alone are more than the device has left.
     """
     room = available_memory(context.device)
-    expected = estimate(config, context.data.size, context.shard.size)
+    expected = estimate_of(config, context)
     if expected.total <= room:
         return []
     found = (

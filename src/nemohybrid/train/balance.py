@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nemohybrid.model.moe.balance import Tally
 from nemohybrid.model.moe.router import Router
-from nemohybrid.parallel.collectives import sum_over
+from nemohybrid.parallel.collectives import gather_json, sum_over
 from nemohybrid.parallel.context import ParallelContext
 
 # R routers, E experts
@@ -19,23 +19,32 @@ class LoadBalance:
 
     `names` are the paths of those layers. `loads` [R, E] fp64 are the visits of the last step, over all data ranks. A block
     that runs at several MTP depths has one router, which counts them all. Without `E` layers nothing happens anywhere.
+
+    A pipeline rank knows the numbers of all routers and has some of them, `routers`, in these `rows`. Made collectively.
     """
 
     def __init__(self, model: nn.Module, context: ParallelContext) -> None:
-        named = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
-        self.names = [name.removesuffix(".mixer.router") for name, _ in named]
-        self.routers = [router for _, router in named]
+        own = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        experts = max((router.experts for router in own.values()), default=0)
+        found = gather_json([list(own), experts], context.pipeline, context.device)
+        everyone = sorted((name for names, _ in found for name in names), key=_in_order)
+        self.names = [name.removesuffix(".mixer.router") for name in everyone]
+        self.routers, self.rows = list(own.values()), [everyone.index(name) for name in own]
         self.context = context
-        self.loads = torch.zeros(len(named), self.routers[0].experts if named else 0, dtype=torch.float64)
+        self.loads = torch.zeros(len(everyone), max(number for _, number in found), dtype=torch.float64)
 
     def collect(self) -> Tensor:
         """Empty the tallies of all ranks into `loads`; returns numbers for `metrics`, on the device. Collective, one call.
 
         They are not fetched here: the step waits for its device once, for everything.
         """
-        if not self.routers:
+        if not self.names:
             return torch.zeros(0, device=self.context.device)
-        counted = sum_over(torch.stack([self._take(router) for router in self.routers]), self.context.tokens)
+        rows, experts = self.loads.shape
+        counted = torch.zeros(rows, experts + 3, dtype=torch.float64, device=self.context.device)
+        for row, router in zip(self.rows, self.routers, strict=True):
+            counted[row] = self._take(router)
+        sum_over(sum_over(counted, self.context.tokens), self.context.pipeline)
         self.loads, losses = counted.split([counted.shape[1] - 3, 3], dim=1)
         means = losses[:, :2] / losses[:, 2:].clamp(min=1e-30)  # a block that ran twice: of its runs
         return torch.cat([_violation(self.loads), means], dim=1).flatten()
@@ -48,8 +57,9 @@ class LoadBalance:
     @torch.no_grad()
     def update_bias(self) -> None:
         """bias += rate * sign(mean load - load), from `loads` (arXiv 2408.15664). Once a step, after the weights changed."""
-        for router, loads in zip(self.routers, self.loads, strict=True):
+        for row, router in zip(self.rows, self.routers, strict=True):
             if router.expert_bias is not None:
+                loads = self.loads[row]
                 direction = (loads.mean() - loads).sign().to(router.expert_bias.dtype)
                 router.expert_bias.add_(direction, alpha=router.options.bias_update_rate)
 
@@ -58,7 +68,7 @@ class LoadBalance:
 
         moe_max_violation: largest load / mean - 1. moe_entropy: of the load, 1 when equal. moe_dead: experts nobody visited.
         """
-        if not self.routers:
+        if not self.names:
             return {}
         violation, entropy, dead, aux, z = (numbers[i::5] for i in range(5))
         return {
@@ -79,3 +89,8 @@ def _violation(loads: Tensor) -> Tensor:
     shares = loads / loads.sum(1, keepdim=True).clamp(min=1e-30)
     entropy = torch.special.entr(shares).sum(1) / (math.log(loads.shape[1]) or 1.0)
     return torch.stack([loads.amax(1) / mean - 1, entropy, (loads == 0).sum(1)], dim=1)
+
+
+def _in_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sorts `layers.2` before `layers.10`, and both before `mtp.0.layers.1`."""
+    return tuple((not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split("."))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nemohybrid.model.mtp import shifted
+from nemohybrid.model.sequence import SequenceContext
 
 # n sequences, L length
 
@@ -43,6 +44,10 @@ class Batch:
                 loss_mask=self.loss_mask[part],
                 document_ids=ids,
             )
+
+    def sequence(self, share: float | None = None) -> SequenceContext:
+        """What layers are told of these rows. `share`: what part of a global batch they are, in training."""
+        return SequenceContext(*self.tokens.shape, document_ids=self.document_ids, share=share)
 
     def draft_targets(self, depths: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each MTP depth k = 0, 1, ... its labels [n, L] and their mask [n, L] fp32.

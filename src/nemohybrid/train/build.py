@@ -2,31 +2,36 @@
 
 import torch
 
+from nemohybrid.config.ranks import data_mode, schedule
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import DTYPES, HybridModel
+from nemohybrid.model.stage import of_rank
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.data import DataRanks, Replicated, Sharded
+from nemohybrid.plan.cut import staged
 from nemohybrid.precision.gemm import bind
 
 
 def build_model(config: RunConfig, context: ParallelContext) -> tuple[HybridModel, DataRanks]:
     """This rank's part of the model, and how the data ranks share it. No rank ever holds more than it will train."""
+    stages = of_rank(staged(config), context.pipeline.rank)
     if context.shard.size == 1:
-        model = HybridModel.create(config.model, config.run.seed, context)
+        model = HybridModel.create(config.model, config.run.seed, context, stages)
         shared: DataRanks = Replicated(model, context)
     else:
         with torch.device("meta"):
-            model = HybridModel(config.model, context)
+            model = HybridModel(config.model, context, stages)
         shared = Sharded(
             model,
             context,
-            model.sharding_units(),
+            [list(model.sharding_units(stage)) for stage in stages],
             entry="hidden_states",
-            keep_weights=config.parallel.data_mode == "shard_grad",
+            keep_weights=data_mode(config.parallel) == "shard_grad",
             dtype=DTYPES[config.model.dtype],
             reduce_every_microbatch=config.parallel.reduce_every_microbatch,
         )
         model.materialize(context.device, config.run.seed)
     bind(model.modules(), config.precision.recipe)
     model.recompute = config.train.recompute == "layer"
+    model.schedule = schedule(config.parallel, stages[0].count)
     return model, shared

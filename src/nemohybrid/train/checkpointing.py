@@ -1,6 +1,5 @@
 """Saving a run and taking it up again."""
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,13 @@ from nemohybrid.checkpoint.load import load_checkpoint, newest_complete, read_me
 from nemohybrid.checkpoint.retention import prune
 from nemohybrid.checkpoint.save import save_checkpoint
 from nemohybrid.checkpoint.world import World
+from nemohybrid.config.accounting import total_cost
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml
 from nemohybrid.data.tokenizer import Tokenizer
 from nemohybrid.errors import CheckpointError
-from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.parallel.context import ParallelContext
-from nemohybrid.parallel.layout import Parts, held, layout_of
+from nemohybrid.parallel.layout import Parts, held
 from nemohybrid.train.finite import all_finite
 from nemohybrid.train.optimizer import MOMENTS
 from nemohybrid.train.random_streams import PREFIX, RandomStreams
@@ -59,9 +58,9 @@ class Checkpointer:
         """The newest checkpoint here, whether it is sound or not."""
         return next(iter(find_checkpoints(self.root)), None)
 
-    def space_warnings(self, model: HybridModel) -> list[str]:
+    def space_warnings(self) -> list[str]:
         """What to say when the disk has no room for the checkpoints that will lie there at a time."""
-        size = sum(math.prod(layout_of(p).shape) * 4 * (1 + len(MOMENTS)) for p in model.parameters())
+        size = total_cost(self.config.model, self.config.data.sequence_length).parameters * 4 * (1 + len(MOMENTS))
         at_a_time = (
             self.config.checkpoint.keep + 1 if self.config.checkpoint.every else 1
         )  # one more while it is written

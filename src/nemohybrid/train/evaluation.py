@@ -1,8 +1,10 @@
 """Held-out loss and accepted drafts, over the whole of every validation corpus."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,11 +12,17 @@ from torch import Tensor
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.mtp import shifted
-from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.model.stage import Stage
 from nemohybrid.parallel.collectives import sum_over
+from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.data import RunData
-from nemohybrid.train.loss import heads
+from nemohybrid.train.loss import heads, stage_states
+from nemohybrid.train.passes import Passes
+
+T = TypeVar("T")
+IN_A_ROW = 8
+"""Batches for each rank of a pipeline that pass it before it runs empty."""
 
 
 @dataclass(frozen=True)
@@ -67,28 +75,58 @@ def evaluate(
 ) -> Evaluation | None:
     """Score every validation token once, over all ranks; every rank returns the same numbers.
 
-    `may_go_on` is asked before each batch, on all ranks equally often and with the same answer; None where it says no.
+    `may_go_on` is asked before each batch, in a pipeline before those that pass it one behind the other, on all ranks
+    equally often and with the same answer; None where it says no.
     """
+    context = data.context
+    together = 1 if context.pipeline.size == 1 else IN_A_ROW * context.pipeline.size
     totals = torch.zeros(len(data.valid), 3 + 2 * model.mtp_depth, dtype=torch.float64)
     for row, name in enumerate(data.valid):
-        for batch, scored_bytes in data.validation_batches(name, batch_size):
+        for batches in _in_groups(data.validation_batches(name, batch_size), together):
             if not may_go_on():
                 return None
-            totals[row] += torch.tensor([scored_bytes, *score_batch(model, batch).tolist()], dtype=torch.float64)
-    totals = sum_over(totals.to(data.context.device), data.context.data).cpu()
+            scores = score_batches(model, [batch for batch, _ in batches], context)
+            scored_bytes = sum(count for _, count in batches) if context.pipeline.rank == 0 else 0
+            totals[row] += torch.tensor([scored_bytes, *scores.tolist()], dtype=torch.float64)
+    totals = sum_over(sum_over(totals.to(context.device), context.data), context.pipeline).cpu()
     whole = _score(totals.sum(0))
     sets = {name: _score(row) for name, row in zip(data.valid, totals, strict=True) if name}
     return Evaluation(step, whole.val_loss, whole.val_bits_per_byte, sets, whole.mtp_acceptance)
 
 
-def score_batch(model: HybridModel, batch: Batch) -> Tensor:
+def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`size` at a time; the last group may have fewer."""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
+
+
+def score_batches(model: HybridModel, batches: Sequence[Batch], context: ParallelContext) -> Tensor:
+    """[2 + 2 x MTP depths], fp64: the sums of `score_batch` over batches that pass the pipeline one behind the other.
+
+    Zeros on ranks without the last stage. Collective over the pipeline.
+    """
+    totals = torch.zeros(2 + 2 * model.mtp_depth, dtype=torch.float64, device=context.device)
+
+    def forward(stage: Stage, number: int, x: Tensor | None) -> Tensor:
+        batch = batches[number]
+        if not stage.is_last:
+            return stage_states(model, batch, None, stage, x)
+        totals.add_(score_batch(model, batch, stage, x))
+        return totals
+
+    Passes(model, batches, context).evaluate(forward)
+    return totals
+
+
+def score_batch(model: HybridModel, batch: Batch, stage: Stage | None = None, x: Tensor | None = None) -> Tensor:
     """[2 + 2 x MTP depths]: nats and number of the scored tokens, then accepted drafts and targets of each depth.
 
     Position t of depth k drafts token t + k + 2 and has read the true ones before it, as the model has that chooses the
-    token at position t + k + 1.
+    token at position t + k + 1. `stage`, `x`: as of `train.loss.heads`.
     """
-    seq = SequenceContext(*batch.tokens.shape, document_ids=batch.document_ids)
-    (hidden, labels, mask), *drafts = heads(model, batch, seq)
+    seq = batch.sequence()
+    (hidden, labels, mask), *drafts = heads(model, batch, seq, stage, x)
     losses = model.output.cross_entropy(hidden, labels.flatten(), seq).view_as(mask)
     chosen = model.output.most_likely(hidden, seq).view_as(labels) if drafts else labels
     sums, accepted = [(losses * mask).sum(), mask.sum()], torch.ones_like(mask)

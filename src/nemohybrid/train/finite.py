@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 from nemohybrid.checkpoint.world import World
 from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.stage import Stage
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.data import Replicated
 from nemohybrid.parallel.layout import local
 from nemohybrid.train.batch import Batch
-from nemohybrid.train.loss import summed_losses
+from nemohybrid.train.loss import stage_states, summed_losses
+from nemohybrid.train.passes import Passes
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -19,42 +23,60 @@ def all_finite(*tensors: Tensor) -> bool:
     return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
 
 
-def first_bad_tensor(model: HybridModel, batch: Batch, microbatch: int) -> str:
+def first_bad_tensor(model: HybridModel, batch: Batch, microbatch: int, context: ParallelContext) -> str:
     """Repeat a step that was not finite, pass by pass, and say what was so first, on which rank. Collective.
 
     Leaves the model without gradients. Costs a step, once: the run cannot go on anyway.
     """
-    findings = World().gather(lambda: _on_this_rank(model, batch, microbatch))
-    for rank, found in enumerate(findings):
-        if found:
-            return f"{found} on rank {rank}"
+    findings = World().gather(lambda: _on_this_rank(model, batch, microbatch, context))
+    found = [(*moment, rank, what) for rank, own in enumerate(findings) for moment, what in own]
+    if found:
+        *_, rank, what = min(found)
+        return f"{what} on rank {rank}"
     return "none when the step is repeated: only a sum over all of them overflows, or a device failed"
 
 
-def _on_this_rank(model: HybridModel, batch: Batch, microbatch: int) -> str:
-    """In the order of the computation: weights, then for each microbatch layer outputs, loss, gradients. "" if none."""
+Finding = tuple[tuple[int, int, int], str]
+"""When it came about (microbatch, phase of it, stage of the pipeline on the way), and what it is."""
+OUTPUT, LOSS, GRADIENT = range(3)
+
+
+def _on_this_rank(model: HybridModel, batch: Batch, microbatch: int, context: ParallelContext) -> list[Finding]:
+    """The first bad weight, and the first bad thing in each microbatch: layer outputs, then loss, then gradients."""
     bad = next((name for name, p in model.named_parameters() if not all_finite(local(p))), None)
-    found = [f"weight {bad}, already before the step,"] if bad else []
-    parts = list(batch.split(microbatch))
+    found: list[Finding] = [((0, 0, 0), f"weight {bad}, already before the step,")] if bad else []
+    parts, stage = list(batch.split(microbatch)), context.pipeline.rank
     for number, part in enumerate(parts, 1):
-        if inside := _in_microbatch(model, part, part.tokens.shape[0] / batch.tokens.shape[0]):
-            found.append(f"{inside} in microbatch {number} of {len(parts)}")
-    return found[0] if found else ""
+        phase, inside = _in_microbatch(model, part, part.tokens.shape[0] / batch.tokens.shape[0], context)
+        if inside:
+            when = number, phase, -stage if phase == GRADIENT else stage
+            found.append((when, f"{inside} in microbatch {number} of {len(parts)}"))
+    return found
 
 
-def _in_microbatch(model: HybridModel, part: Batch, share: float) -> str:
-    """To the end, whatever is found: ranks that share the model compute together, and others may find nothing."""
+def _in_microbatch(model: HybridModel, part: Batch, share: float, context: ParallelContext) -> tuple[int, str]:
+    """The phase in which something was bad first, and what it was, "" for nothing.
+
+    To the end, whatever is found: ranks that share the model compute together, and others may find nothing.
+    """
+    losses: list[Tensor] = []
+
+    def forward(stage: Stage, _: int, x: Tensor | None) -> Tensor:
+        if not stage.is_last:
+            return stage_states(model, part, share, stage, x)
+        losses.append(summed_losses(model, part, share, stage, x).sum() / part.labels.numel())
+        return losses[0]
+
     model.zero_grad(set_to_none=True)
     with _bad_outputs(model) as bad:
-        loss = summed_losses(model, part, share).sum() / part.labels.numel()
-    loss.backward()
+        Passes(model, [part], context).train(forward, Replicated(model, context))
     name = bad_gradient(model)
     model.zero_grad(set_to_none=True)
     if bad:
-        return f"the output of {bad[0]}"
-    if not all_finite(loss):
-        return "the loss"
-    return f"the gradient of {name}" if name else ""
+        return OUTPUT, f"the output of {bad[0]}"
+    if losses and not all_finite(losses[0]):
+        return LOSS, "the loss"
+    return GRADIENT, f"the gradient of {name}" if name else ""
 
 
 def bad_gradient(model: nn.Module) -> str | None:

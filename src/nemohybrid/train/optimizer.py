@@ -21,7 +21,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], options: OptimSection) -
         {"params": [p for p in parameters if not layout_of(p).decays], "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
-    return _optimizer_class(options.name)([g for g in groups if g["params"]], **settings)
+    filled = [g for g in groups if g["params"]] or [{"params": [nn.Parameter(torch.empty(0))]}]  # an empty stage
+    return _optimizer_class(options.name)(filled, **settings)
 
 
 def _optimizer_class(name: str) -> Any:

@@ -5,7 +5,6 @@ curve would show for days. So a few training steps are run twice, by the ranks o
 code that trains, and what they leave is compared parameter by parameter.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemohybrid.checkpoint.tiling import Ranges, uncovered, volume
+from nemohybrid.config.environment import ParallelSection
+from nemohybrid.config.ranks import microbatch
 from nemohybrid.config.run_config import RunConfig
-from nemohybrid.parallel.collectives import gather_bytes, largest
+from nemohybrid.parallel.collectives import gather_json
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
 from nemohybrid.parallel.layout import Parts, logical_parts
@@ -88,11 +89,11 @@ def observe(config: RunConfig, context: ParallelContext, steps: int = 3, packed:
     """Build the model, train `steps` steps on synthetic batches, and say what came out. Collective over the context."""
     model, shared = build_model(config, context)
     optimizer, balance = build_optimizer(shared.parameters.values(), config.optim), LoadBalance(model, context)
-    microbatch = config.train.microbatch or config.train.global_batch // context.data.size
+    rows = microbatch(config, context.data.size)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         batch = share_of(synthetic_batch(config, step, packed), context)
-        losses.append(compute_gradients(model, batch, microbatch, context, shared).tolist())
+        losses.append(compute_gradients(model, batch, rows, context, shared).tolist())
         norm = gradient_norm(shared.parameters.values(), context)
         norms.append(norm.item())
         balance.collect()
@@ -111,8 +112,7 @@ def observe(config: RunConfig, context: ParallelContext, steps: int = 3, packed:
 
 def alone(config: RunConfig) -> RunConfig:
     """The same run on one rank."""
-    parallel = replace(config.parallel, data="1", tensor=1, data_mode="replicate", data_shard=None)
-    return replace(config, parallel=parallel)
+    return replace(config, parallel=ParallelSection(data="1", data_mode="replicate"))
 
 
 def _copy(tensor: Tensor | Parts) -> Tensor | Parts:
@@ -254,7 +254,7 @@ def compare(config: RunConfig, context: ParallelContext, steps: int = 3) -> Comp
     found = [encoded(difference(name, seen.tensors.get(name), whole)) for name, whole in wholes]
     strangers = sorted(seen.tensors.keys() - shapes.keys())
     report = {"numbers": seen.numbers, "tensors": found, "strangers": strangers}
-    return together(_gather_json(report, context), wanted)
+    return together(gather_json(report, context.world, context.device), wanted)
 
 
 def together(ranks: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> Comparison:
@@ -269,14 +269,14 @@ def together(ranks: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) ->
 
 def _with_microbatch(config: RunConfig, context: ParallelContext) -> RunConfig:
     """Microbatches that are told, since one rank's share is another: what balances experts in each shall see the same."""
-    share = config.train.global_batch // context.data.size
-    return replace(config, train=replace(config.train, microbatch=config.train.microbatch or share))
+    return replace(config, train=replace(config.train, microbatch=microbatch(config, context.data.size)))
 
 
 def _announce(reference: Observation | None, context: ParallelContext) -> tuple[dict[str, float], dict[str, list[int]]]:
     """What rank 0 has: its losses and norms, and the shapes of its tensors, on every rank."""
     shapes = {name: list(tensor.shape) for name, tensor in reference.tensors.items()} if reference else None
-    return tuple(_gather_json([reference.numbers, shapes] if reference else None, context)[0])
+    known = [reference.numbers, shapes] if reference else None
+    return tuple(gather_json(known, context.world, context.device)[0])
 
 
 def _from_first(
@@ -292,13 +292,6 @@ def _from_first(
         if context.world_size > 1:
             dist.broadcast(tensor, src=0)
         yield name, tensor.cpu()
-
-
-def _gather_json(item: Any, context: ParallelContext) -> list[Any]:
-    """What every rank passed, in rank order. Blanks at the end, which mean nothing in JSON, make all equally long."""
-    text = json.dumps(item).encode()
-    padded = text.ljust(largest(len(text), context))
-    return [json.loads(other) for other in gather_bytes(padded, context.world, context.device)]
 
 
 def encoded(one: Difference) -> dict[str, Any]:

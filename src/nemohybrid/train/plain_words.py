@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.parallel.context import ParallelContext
-from nemohybrid.plan.memory import advice, estimate
+from nemohybrid.plan.memory import advice, estimate_of
 
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
@@ -47,7 +47,7 @@ def _out_of_memory(config: RunConfig, context: ParallelContext, error: Exception
     return (
         f"out of memory on rank {context.rank} ({context.device})"
         f"{f': {wanted[1]} more were wanted' if wanted else ''}. Expected of a rank:\n"
-        f"{estimate(config, context.data.size, context.shard.size).table()}\n{advice(config)}\n"
+        f"{estimate_of(config, context).table()}\n{advice(config)}\n"
         "What was saved is untouched; with smaller microbatches or recomputation the same run goes on from there."
     )
 

@@ -25,18 +25,22 @@ class RandomStreams:
 
     @property
     def place(self) -> str:
-        """Where this rank stands: `data00001.tensor00000`."""
-        return f"data{self.context.data.rank:05d}.tensor{self.context.tensor.rank:05d}"
+        """Where this rank stands: `data00001.tensor00000`, in a pipeline `data00001.tensor00000.pipeline00002`."""
+        context = self.context
+        place = f"data{context.data.rank:05d}.tensor{context.tensor.rank:05d}"
+        return place + (f".pipeline{context.pipeline.rank:05d}" if context.pipeline.size > 1 else "")
 
     @property
     def layout(self) -> dict[str, int]:
         """What must be the same for saved streams to go on: the number of places, and who holds which tokens."""
         sizes = {"data": self.context.data.size, "tensor": self.context.tensor.size}
-        return sizes | {"sequence": int(self.context.sequence)}
+        pipeline = {"pipeline": self.context.pipeline.size} if self.context.pipeline.size > 1 else {}
+        return sizes | {"sequence": int(self.context.sequence)} | pipeline
 
     def start(self, step: int = 0) -> None:
-        """Seed the streams as of `step`, alike on the tensor ranks of a data rank."""
-        digest = hashlib.sha256(f"{self.seed}/{step}/data{self.context.data.rank}".encode()).digest()
+        """Seed the streams as of `step`, alike on the tensor ranks of a data rank, and not on those of a pipeline."""
+        pipeline = f"/pipeline{self.context.pipeline.rank}" if self.context.pipeline.rank else ""
+        digest = hashlib.sha256(f"{self.seed}/{step}/data{self.context.data.rank}{pipeline}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # of every device
 
     def states(self) -> dict[str, Tensor]:

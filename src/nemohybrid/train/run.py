@@ -3,15 +3,17 @@
 from pathlib import Path
 
 from nemohybrid.checkpoint.world import World
-from nemohybrid.config.ranks import shard_ranks
+from nemohybrid.config.accounting import total_cost
+from nemohybrid.config.ranks import data_mode, microbatch
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml
 from nemohybrid.errors import ConfigError
-from nemohybrid.observe.accounting import total_cost
-from nemohybrid.parallel import context as world
+from nemohybrid.parallel import world
 from nemohybrid.parallel.collectives import gather_bytes
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.plan.axes import axes
 from nemohybrid.plan.memory import check_fits
+from nemohybrid.plan.pipeline import describe
 from nemohybrid.symbols import parse_pattern
 from nemohybrid.train.callbacks import standard
 from nemohybrid.train.lock import only_job_in
@@ -23,11 +25,10 @@ from nemohybrid.train.trainer import Trainer, use_threads
 
 
 def join(config: RunConfig) -> ParallelContext:
-    """Meet the other ranks of the job, divided as the configuration says. Once a process; `parallel.context.stop` ends it."""
+    """Meet the other ranks of the job, divided as the configuration says. Once a process; `parallel.world.stop` ends it."""
     _, _, ranks = world.world_from_environment()
-    cluster, layout = config.cluster, config.parallel
-    sizes = layout.tensor, shard_ranks(config, ranks), layout.sequence
-    return world.start(config.run.device, cluster.backend, cluster.timeout_minutes, *sizes)
+    cluster = config.cluster
+    return world.start(config.run.device, cluster.backend, cluster.timeout_minutes, axes(config, ranks))
 
 
 def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None = None) -> Trainer:
@@ -45,7 +46,8 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
         folder = Path(config.run.dir)
         with only_job_in(folder) as notes:
             warnings = World().together(lambda: check_fits(config, context))
-            say(context, *notes, _introduction(config, context), *warnings, *_for_benchmarks_only(config))
+            say(context, *notes, _introduction(config, context), *_strip(config, context))
+            say(context, *warnings, *_for_benchmarks_only(config))
             trainer = Trainer(config, context, standard(config, context.is_main))
             say(context, *_describe_data(trainer), *trainer.resume())
             if not trainer.is_complete:
@@ -57,7 +59,7 @@ def _train(trainer: Trainer, folder: Path, signals: StopSignals | None) -> None:
     context = trainer.context
     if context.is_main:  # only now: a refused resume must not change what the folder says about itself
         (folder / "config.yaml").write_text(config_yaml(trainer.config))
-        say(context, *trainer.checkpoints.space_warnings(trainer.model))
+        say(context, *trainer.checkpoints.space_warnings())
     trainer.fit(signals)
     say(context, _stopped(trainer) if trainer.stopped_by else _conclusion(trainer, folder))
 
@@ -106,10 +108,28 @@ def _introduction(config: RunConfig, context: ParallelContext) -> str:
 def described(config: RunConfig, context: ParallelContext) -> str:
     """How ranks share the work: `tensor 2 (sequence parallel) x data 2 (full_shard)`; nothing for a world of one."""
     tensor, data, shard = context.tensor.size, context.data.size, context.shard.size
-    mode = config.parallel.data_mode if shard > 1 else "replicate"
+    mode = data_mode(config.parallel) if shard > 1 else "replicate"
     copies = f", {data // shard} copies of {shard} ranks" if 1 < shard < data else ""
     axes = [f"tensor {tensor}{' (sequence parallel)' * context.sequence}"] if tensor > 1 else []
-    return " x ".join([*axes, *([f"data {data} ({mode}{copies})"] if data > 1 else [])])
+    axes += [f"pipeline {context.pipeline.size}"] if context.pipeline.size > 1 else []
+    axes += [f"data {data} ({mode}{copies})"] if data > 1 else []
+    return " x ".join(axes) + _described_experts(context)
+
+
+def _strip(config: RunConfig, context: ParallelContext) -> list[str]:
+    """Where a pipeline cuts the model, and how long its ranks wait, by the modelled costs of the layers."""
+    if context.pipeline.size == 1:
+        return []
+    data = context.data.size
+    return describe(config, config.train.global_batch // data // microbatch(config, data))
+
+
+def _described_experts(context: ParallelContext) -> str:
+    experts = context.experts
+    if experts is None:
+        return ""
+    sizes = {"expert": experts.expert.size, "expert tensor": experts.tensor.size, "copies of": experts.data.size}
+    return ", experts on " + " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
 
 
 def _for_benchmarks_only(config: RunConfig) -> list[str]:

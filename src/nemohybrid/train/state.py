@@ -55,7 +55,13 @@ def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     flat = dict(_flatten(config))
     free = tuple(f"model.{key}" for key in FREE_IN_MODEL)
     chosen = {k: v for k, v in flat.items() if k.startswith(FIXED) and not k.startswith(free)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
+    return _uncut({key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()})
+
+
+def _uncut(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the "|" of the pattern, which say who holds a layer and not what it is."""
+    pattern = settings.get("model.pattern")
+    return settings | {"model.pattern": pattern.replace("|", "")} if isinstance(pattern, str) else settings
 
 
 def changed_settings(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -64,6 +70,7 @@ def changed_settings(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     A checkpoint of an older version lacks keys that are recorded now. One of `data` may then be anything; what a new option
     does by default is what that version did.
     """
+    then, now = _uncut(then), _uncut(now)
     unknown = {key for key in now.keys() - then.keys() if key.startswith("data.")}
     then = {key: value for key, value in fixed_settings(RunConfig().as_dict()).items() if key in now} | then
     return [line for key in sorted({*then, *now} - unknown) for line in _changes(key, then.get(key), now.get(key))]

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.stage import Stage
 from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.data import DataRanks, Replicated
 from nemohybrid.parallel.gradients import clip_gradients
 from nemohybrid.train.batch import Batch
-from nemohybrid.train.loss import loss_weights, summed_losses, target_counts
+from nemohybrid.train.loss import loss_weights, stage_states, summed_losses, target_counts
+from nemohybrid.train.passes import Passes
+from nemohybrid.train.room import Attempts
 
 
 @dataclass
@@ -46,13 +49,22 @@ def compute_gradients(
     totals = torch.zeros_like(counts)
     shared = shared or Replicated(model, context)
     parts = list(batch.split(microbatch))
-    for number, part in enumerate(parts, 1):
-        with shared.microbatch(last=number == len(parts)):
-            sums = summed_losses(model, part, share=part.tokens.shape[0] / rows)
-            (sums * weights).sum().backward()
-        totals += sums.detach()
+
+    def forward(stage: Stage, number: int, x: torch.Tensor | None) -> torch.Tensor:
+        part, share = parts[number], parts[number].tokens.shape[0] / rows
+        if not stage.is_last:
+            return stage_states(model, part, share, stage, x)
+        sums = summed_losses(model, part, share, stage, x)
+        totals.add_(sums.detach())
+        return (sums * weights).sum()
+
+    passes, attempts = Passes(model, parts, context), Attempts(model, context)
+    passes.train(forward, shared)
+    while attempts.was_short(totals):
+        totals.zero_()
+        passes.train(forward, shared)
     shared.finish()
-    return sum_over(totals, context.data) / counts
+    return sum_over(sum_over(totals, context.data), context.pipeline) / counts  # the last stage alone has counted
 
 
 def mtp_metrics(losses: Sequence[float]) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ import torch
 from nemohybrid.checkpoint.files import advice
 from nemohybrid.checkpoint.world import World
 from nemohybrid.config.batch_plan import BatchPlan
+from nemohybrid.config.ranks import microbatch
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.observe.metrics import read_metrics
@@ -68,7 +69,7 @@ class Trainer:
     @property
     def microbatch(self) -> int:
         """Sequences computed at a time on one rank."""
-        return self.config.train.microbatch or self.config.train.global_batch // self.context.data.size
+        return microbatch(self.config, self.context.data.size)
 
     @property
     def is_complete(self) -> bool:
@@ -136,11 +137,12 @@ class Trainer:
         seconds = time.perf_counter() - started
         depths = self.model.mtp_depth
         metrics = mtp_metrics(others[:depths]) | self.balance.metrics(others[depths:])
+        metrics |= {"moe_repeats": self.model.repeats} if self.model.repeats else {}
         return StepResult(step, mean_loss, grad_norm, lr, self.plan.batch_at(step), tokens, seconds, metrics)
 
     def _not_finite(self, batch: Batch, loss: float, norm: float) -> str:
         """Collective."""
-        found = first_bad_tensor(self.model, batch, self.microbatch)
+        found = first_bad_tensor(self.model, batch, self.microbatch, self.context)
         return (
             f"the loss is {loss:.4g}, the gradient norm {norm:.4g}. First bad tensor: {found}.\n"
             f"Weights and checkpoints are as they were; the newest checkpoint: {self.checkpoints.newest() or 'none yet'}. "

@@ -5,8 +5,10 @@ Nothing here imports torch or megatron: a wrong configuration is known within a 
 """
 
 from nemohybrid.config.rules import (  # noqa: F401 - they register their rules
+    experts,
     layout,
     model,
+    pipeline,
     precision,
     stability,
     surroundings,

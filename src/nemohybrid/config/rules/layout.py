@@ -34,14 +34,10 @@ def ranks_make_the_world(now: Situation) -> Violation | None:
 
 @rule(RUN_RULES)
 def layouts_of_this_version(now: Situation) -> Violation | None:
-    """Data, tensor and sequence parallelism work; the other axes are refused rather than ignored."""
-    parallel = now.config.parallel
-    asked = [axis for axis in ("pipeline", "context", "expert") if getattr(parallel, axis) > 1]
-    if not asked:
-        return None
-    where = " ".join(f"parallel.{axis}={getattr(parallel, axis)}" for axis in asked)
-    legal = {f"parallel.{axis}": "1" for axis in asked}
-    return Violation(where, "this version trains with data, tensor and sequence parallelism only", legal)
+    """Context parallelism is refused rather than ignored."""
+    ranks = now.config.parallel.context
+    message = "this version does not share a sequence between ranks yet"
+    return Violation(f"parallel.context={ranks}", message, {"parallel.context": "1"}) if ranks > 1 else None
 
 
 @rule(RUN_RULES)
@@ -91,29 +87,14 @@ def reduction_of_shards(now: Situation) -> Violation | None:
 
 @rule(RUN_RULES)
 def pipeline_stages(now: Situation) -> Violation | None:
-    """The pattern must divide into stages: by its `|`, or evenly."""
+    """The `|` of the pattern make stages for every rank; without them every stage needs a layer."""
     if now.pattern is None:
         return None
     try:
-        now.pattern.stage_layers(now.config.parallel.pipeline)
+        now.pattern.check_stages(now.config.parallel.pipeline)
     except ConfigError as error:
         return Violation(f"parallel.pipeline={now.config.parallel.pipeline}", str(error))
     return None
-
-
-@rule(RUN_RULES, "E")
-def experts_over_ranks(now: Situation) -> Violation | None:
-    """Each expert lives on one rank of its group."""
-    experts, ranks = now.config.model.num_experts, now.config.parallel.expert
-    return (
-        None
-        if experts % ranks == 0
-        else Violation(
-            f"parallel.expert={ranks}",
-            f"{experts} experts cannot be shared by it",
-            {"parallel.expert": divisors(experts)},
-        )
-    )
 
 
 @rule(RUN_RULES)

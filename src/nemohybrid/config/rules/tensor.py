@@ -5,6 +5,7 @@ The vocabulary is cut unevenly: it needs no more than a row for every rank.
 
 import math
 
+from nemohybrid.config.ranks import folds
 from nemohybrid.config.rules.rule import RUN_RULES, Situation, divisors, multiples_near, rule
 from nemohybrid.config.violation import Violation
 
@@ -27,9 +28,13 @@ def tensor_sizes(now: Situation) -> list[int]:
 
 
 def _counts(now: Situation, symbols: str = "M*-E") -> dict[str, int]:
-    """What layers of these symbols have to share -> how many."""
+    """What layers of these symbols have to share -> how many. The width of folded experts is shared by other ranks."""
     asked = [symbol for symbol in symbols if now.has(symbol)]
-    return {name: getattr(now.config.model, key) or 0 for key, (symbol, name) in SHARED.items() if symbol in asked}
+    folded = folds(now.config.parallel)
+    keys = [key for key, (symbol, _) in SHARED.items() if symbol in asked]
+    return {
+        SHARED[k][1]: getattr(now.config.model, k) or 0 for k in keys if not (folded and k == "moe_ffn_hidden_size")
+    }
 
 
 def _odd_key_value_heads(now: Situation, ranks: int) -> int:
