@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -58,6 +59,9 @@ def corpus(tmp_path) -> str:
     return str(tmp_path / "a")
 
 
+HYBRID = "--hybrid-layer-pattern ME*- --hidden-size 64 --num-attention-heads 4 --num-experts 8 --squared-relu "
+
+
 def remarks(now: Translation, kind: str) -> str:
     return "\n".join(f"{r.subject}: {r.reason}" for r in now.remarks if r.kind == kind)
 
@@ -82,7 +86,7 @@ def test_the_arguments_of_super_give_its_recipe(translated):
         ("train-samples: 12207031", f"train-samples: {993_411 * 3072}"),
         ("lr-decay-samples: 3048706055", "lr-decay-samples: 3051757813"),
     )
-    ours = load_config([*override_words(now), "data=shakespeare", "data.sequence_length=8192"], world_size=2)
+    ours = load_config([*override_words(now), "data=shakespeare", "data.sequence_length=8192"], world_size=64)
     recipe = load_config(["experiment=nemotron3_super", "data=shakespeare", "data.sequence_length=8192"])
     ours_model, recipe_model = ours.model.as_dict(), recipe.model.as_dict()
     for values in (ours_model, recipe_model):
@@ -114,9 +118,9 @@ def test_every_argument_of_super_is_translated_or_named():
     assert [g.shown for g in silent] == []
     assert remarks(now, UNKNOWN) == ""
     assert remarks(now, CONTRADICTION) == ""
-    for flag in ("--fp8-recipe mxfp8", "--expert-model-parallel-size 64"):
-        assert flag in remarks(now, NO_COUNTERPART), flag
+    assert "--fp8-recipe mxfp8" in remarks(now, NO_COUNTERPART)
     assert (now.overrides["parallel.tensor"], now.overrides["parallel.sequence"]) == (2, True)
+    assert (now.overrides["parallel.expert"], "parallel.expert_tensor" in now.overrides) == (64, False)
     assert "data.train" in remarks(now, TO_GIVE)
     assert "model.norm_epsilon=1e-05" in remarks(now, DEFAULT)
 
@@ -187,12 +191,33 @@ def published(request, tmp_path) -> Path:
 ALL = sorted(file.name for file in FIXTURES.iterdir() if file.suffix != ".md")
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("--pipeline-model-parallel-size 2", {"pipeline": 2}),
+        ("--expert-model-parallel-size 4", {"expert": 4}),
+        ("--tensor-model-parallel-size 2 --expert-model-parallel-size 4", {"expert": 4, "expert_tensor": 2}),
+        (
+            "--tensor-model-parallel-size 2 --expert-model-parallel-size 4 --expert-tensor-parallel-size 1",
+            {"expert": 4},
+        ),
+        ("--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1", {"expert_tensor": 1}),
+        ("--tensor-model-parallel-size 2", {}),
+    ],
+)
+def test_experts_lie_on_the_ranks_as_in_megatron(translated, arguments, expected):
+    """There an expert is shared by as many ranks as everything else, unless the file says another number."""
+    overrides = translated(f"python pretrain_hybrid.py {HYBRID} {arguments}").overrides
+    got = {k.removeprefix("parallel."): v for k, v in overrides.items() if k.startswith("parallel.")}
+    assert {k: v for k, v in got.items() if k not in ("tensor", "sequence")} == expected
+
+
 @pytest.mark.parametrize("published", ALL, indirect=True)
 def test_what_is_printed_is_a_command_and_an_experiment_that_compose(published, tmp_path, monkeypatch, capsys):
     assert main(["from-megatron", str(published)]) == 0
     words = shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)
     launcher, overrides = words[: words.index("train")], words[words.index("train") + 1 :]
-    ranks = int(launcher[launcher.index("--nproc-per-node") + 1]) if "torchrun" in launcher else 1
+    ranks = math.prod(int(launcher[launcher.index(n) + 1]) for n in ("--nnodes", "--nproc-per-node") if n in launcher)
     assert launcher[-1] == "nemohybrid"
     pasted = load_config(overrides, ranks)
 
@@ -206,8 +231,6 @@ def test_what_is_printed_is_a_command_and_an_experiment_that_compose(published, 
 
 
 # --- single arguments ------------------------------------------------------------------------------------------------
-
-HYBRID = "--hybrid-layer-pattern ME*- --hidden-size 64 --num-attention-heads 4 --num-experts 8 --squared-relu "
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ LOGS = "metrics.jsonl has a line a step; logging.tensorboard and logging.wandb s
 MEMORY = "corpora are memory-mapped and loaded by the trainer itself"
 LOW_PRECISION = "matrices multiply in model.dtype; nothing is quantized yet (precision.recipe)"
 PATTERN = "the pattern alone says what the model is"
-DISPATCH = "tokens are sorted by expert and none is dropped, without a dispatcher to choose"
+DISPATCH = "no token is dropped; parallel.dispatcher says who takes tokens to experts on other ranks"
 AFTERWARDS = "of inference or reinforcement learning: generation is a command of its own"
 WEIGHTS = "weights of other programs come through Hugging Face folders"
 RECOMPUTE = "saves memory, changes no result; here whole layers: train.recompute=layer"

@@ -1,5 +1,6 @@
 """A translation as text: a command line to paste, or an experiment file; remarks as comments below."""
 
+import math
 import re
 import shlex
 import textwrap
@@ -14,6 +15,7 @@ from nemohybrid.interop.megatron.arguments import KINDS, Remark
 from nemohybrid.interop.megatron.translation import Translation
 
 WIDTH = 118
+GPUS_OF_A_NODE = 8
 _PLAIN = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _KEYWORDS = ("null", "true", "false", "nan", "inf")
 
@@ -53,11 +55,24 @@ def _key(text: str) -> str:
 
 
 def as_command(now: Translation) -> str:
-    """`nemohybrid train key=value ...`, under torchrun where ranks share every matrix, then the remarks."""
-    ranks = now.overrides.get("parallel.tensor", 1)
-    program = f"torchrun --nproc-per-node {ranks} -m nemohybrid train" if ranks > 1 else "nemohybrid train"
-    words = [program, *map(shlex.quote, override_words(now))]
+    """`nemohybrid train key=value ...`, under torchrun where ranks share the model, then the remarks."""
+    words = [_program(_fewest_ranks(now)), *map(shlex.quote, override_words(now))]
     return " \\\n    ".join(words) + "\n" + remarks_text(now.remarks)
+
+
+def _fewest_ranks(now: Translation) -> int:
+    """That hold the model once."""
+    tensor, expert = (now.overrides.get(f"parallel.{axis}", 1) for axis in ("tensor", "expert"))
+    width = now.overrides.get("parallel.expert_tensor", 1 if expert > 1 else tensor)
+    return math.lcm(tensor, expert * width) * now.overrides.get("parallel.pipeline", 1)
+
+
+def _program(ranks: int) -> str:
+    if ranks == 1:
+        return "nemohybrid train"
+    nodes = ranks // GPUS_OF_A_NODE if ranks % GPUS_OF_A_NODE == 0 else 1
+    several = f"--nnodes {nodes} " if nodes > 1 else ""
+    return f"torchrun {several}--nproc-per-node {ranks // nodes} -m nemohybrid train"
 
 
 def as_experiment(now: Translation, source: str) -> str:

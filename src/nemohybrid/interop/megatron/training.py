@@ -11,12 +11,6 @@ from nemohybrid.interop.megatron.translation import Translation
 SHAPES = ("linear", "cosine", "exponential", "minus_sqrt")
 """Of the WSD decay; the names are the same here."""
 
-AXES = {
-    "pipeline_model_parallel_size": "pipeline",
-    "context_parallel_size": "context",
-    "expert_model_parallel_size": "expert",
-}
-
 
 def translate_training(now: Translation) -> None:
     """Everything that is not the network."""
@@ -245,15 +239,28 @@ def _run(now: Translation) -> None:
     now.put("run.seed", arguments.whole("seed"))
     now.put("checkpoint.every", arguments.whole("save_interval"))
     now.put("logging.every", arguments.whole("log_interval"))
-    if (tensor := arguments.whole("tensor_model_parallel_size") or 1) > 1:
-        now.put("parallel.tensor", tensor)
-        now.put("parallel.sequence", arguments.flag("sequence_parallel"))
-    for name, axis in AXES.items():
-        if (arguments.whole(name) or 1) > 1:
-            reason = f"this version cannot lay it out yet; parallel.{axis} is the key"
-            now.no_counterpart(name, reason)
+    _ranks(now)
     granularity = arguments.word("recompute_granularity")
     if granularity == "full":
         now.put("train.recompute", "layer")
     elif granularity or arguments.flag("recompute_activations"):
         now.not_needed("recompute_granularity", RECOMPUTE)
+
+
+def _ranks(now: Translation) -> None:
+    """How the world is divided. A pipeline without "|" is cut by cost here, and evenly in Megatron-LM."""
+    arguments = now.arguments
+    tensor = arguments.whole("tensor_model_parallel_size") or 1
+    if tensor > 1:
+        now.put("parallel.tensor", tensor)
+        now.put("parallel.sequence", arguments.flag("sequence_parallel"))
+    if (pipeline := arguments.whole("pipeline_model_parallel_size") or 1) > 1:
+        now.put("parallel.pipeline", pipeline)
+    expert, width = arguments.whole("expert_model_parallel_size") or 1, arguments.whole("expert_tensor_parallel_size")
+    if expert > 1:
+        now.put("parallel.expert", expert)
+    if (width or tensor) != (1 if expert > 1 else tensor):  # what is empty means something else there
+        now.put("parallel.expert_tensor", width or tensor)
+    if (arguments.whole("context_parallel_size") or 1) > 1:
+        reason = "this version cannot lay it out yet; parallel.context is the key"
+        now.no_counterpart("context_parallel_size", reason)
