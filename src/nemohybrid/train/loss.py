@@ -49,8 +49,8 @@ def summed_losses(
     Sums, not means: the trainer divides by the counts of the whole global batch, so that neither microbatches nor data
     ranks change the mathematics when they hold different numbers of unmasked tokens.
 
-    For the backward pass every head keeps its logits and its cast of the output matrix; with `model.recompute` a model
-    with MTP computes them again, and there are those of one head at a time.
+    For the backward pass every head keeps its logits; with `model.recompute` a model with MTP computes them again, and there
+    are those of one head at a time.
     """
     seq = batch.sequence(share)
     again = model.recompute and model.mtp_depth > 0 and torch.is_grad_enabled()
