@@ -24,6 +24,7 @@ from nemohybrid.parallel.pipeline import Pipeline
 from nemohybrid.parallel.world import divide
 from nemohybrid.train.build import build_model
 from nemohybrid.train.evaluation import score_batches
+from nemohybrid.train.finite import first_bad_tensor
 from nemohybrid.train.optimizer import build_optimizer
 from nemohybrid.train.parity import share_of, synthetic_batch
 from nemohybrid.train.step import compute_gradients
@@ -211,6 +212,32 @@ def test_a_zero_bubble_schedule_is_not_on_offer():
     """With full shard it gives wrong gradients, and fused autograd functions repeat their backward pass under it."""
     with pytest.raises(ConfigError, match="gpipe, 1f1b, interleaved"):
         runner.orders("zero_bubble", 2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "name, moment, said",
+    [
+        ("layers.1", "output", "the output of layers.1 in microbatch 1 of 4 on rank 1"),
+        ("layers.2", "gradient", "the gradient of layers.2."),
+        ("final_norm", "output", "the output of final_norm in microbatch 1 of 4 on rank 1"),
+    ],
+)
+def test_the_first_bad_tensor_is_that_of_the_first_stage_on_the_way(name, moment, said, tmp_path):
+    """A later stage of the first rank comes after an earlier one of the last; gradients go the other way."""
+    layout = Layout(pipeline=2, virtual=2)
+    config = layout.configured(run_config("every_option"))
+
+    def spoil(context) -> None:
+        model, _ = build_model(config, context)
+        module = dict(model.named_modules()).get(name)
+        if module is not None and moment == "output":
+            module.register_forward_hook(lambda _, __, out: out * torch.nan)
+        elif module is not None:
+            module.register_forward_hook(lambda _, __, out: out.register_hook(lambda g: g * torch.nan) and None)
+        found = first_bad_tensor(model, share_of(synthetic_batch(config, 0), context), 1, context)
+        assert found.startswith(said), found
+
+    ranks(layout, spoil, tmp_path)
 
 
 # --- The runner by itself, with toy stages and torch.distributed.pipelining as the other opinion ------------------------

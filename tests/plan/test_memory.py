@@ -223,3 +223,18 @@ def test_a_pipeline_rank_keeps_what_waits_for_its_way_back():
     assert "logits, their gradient" in last
     assert "logits, their gradient" not in first
     assert sum(first.values()) < 2 * sum(alone.values())
+
+
+def test_room_of_exchanges_takes_memory():
+    """With twice the mean, twice the rows come to a rank, and stay for the backward pass."""
+
+    def kept(room: float) -> int:
+        parts = memory.estimate(
+            Layout(data=2, expert=2, room=room).configured(run_config("every_option")), 2
+        ).activations
+        return next(size for name, size in parts.items() if " E layers" in name)
+
+    assert kept(1.0) < kept(2.0)
+    assert memory.estimate(Layout(data=2, expert=2).configured(run_config()), 2, device="cuda").total > (
+        memory.estimate(Layout(data=2, expert=2).configured(run_config()), 2).total
+    )

@@ -56,3 +56,8 @@ def test_a_cast_product_keeps_no_cast_and_has_the_gradients_of_a_plain_one(shape
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine, theirs)
+
+
+def test_a_bias_may_be_of_another_type_than_its_weight():
+    x, weight, bias = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((3, 4), (5, 4), (5,)))
+    assert torch.equal(gemm.plain_gemm(x, weight, bias.float()), F.linear(x, weight, bias))

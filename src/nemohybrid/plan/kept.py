@@ -47,7 +47,11 @@ def kept_by_microbatch(config: RunConfig, rows: int, room: float | None = None) 
 
 def kept_by(model: HybridModel, config: RunConfig, rows: int) -> Kept:
     """The same of a whole model on the meta device."""
-    seq, parsed = SequenceContext(rows, config.data.sequence_length), parse_pattern(config.model.pattern)
+    limited = model.context.experts is not None and model.context.experts.room > 0
+    seq = SequenceContext(
+        rows, config.data.sequence_length, share=1.0 if limited else None
+    )  # rooms are of training steps
+    parsed = parse_pattern(config.model.pattern)
     seq.ranks = model.tensor_ranks(seq)
     own_tokens = seq.tokens // seq.ranks.group.size if seq.ranks.cut else seq.tokens
     x = torch.empty(own_tokens, config.model.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)

@@ -20,7 +20,7 @@ class Gemm(Protocol):
 def plain_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply in x's dtype, nothing quantized; the fp32 master weight is cast on the way, and again on the way back."""
     if weight.dtype == x.dtype:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return _Cast.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
 
 

@@ -39,23 +39,33 @@ def first_bad_tensor(model: HybridModel, batch: Batch, microbatch: int, context:
 Finding = tuple[tuple[int, int, int], str]
 """When it came about (microbatch, phase of it, stage of the pipeline on the way), and what it is."""
 OUTPUT, LOSS, GRADIENT = range(3)
+WHAT = {OUTPUT: "the output of ", LOSS: "the ", GRADIENT: "the gradient of "}
 
 
 def _on_this_rank(model: HybridModel, batch: Batch, microbatch: int, context: ParallelContext) -> list[Finding]:
     """The first bad weight, and the first bad thing in each microbatch: layer outputs, then loss, then gradients."""
     bad = next((name for name, p in model.named_parameters() if not all_finite(local(p))), None)
     found: list[Finding] = [((0, 0, 0), f"weight {bad}, already before the step,")] if bad else []
-    parts, stage = list(batch.split(microbatch)), context.pipeline.rank
+    parts = list(batch.split(microbatch))
     for number, part in enumerate(parts, 1):
-        phase, inside = _in_microbatch(model, part, part.tokens.shape[0] / batch.tokens.shape[0], context)
-        if inside:
+        phase, name = _in_microbatch(model, part, part.tokens.shape[0] / batch.tokens.shape[0], context)
+        if name:
+            stage = _stage_of(model, name)
             when = number, phase, -stage if phase == GRADIENT else stage
-            found.append((when, f"{inside} in microbatch {number} of {len(parts)}"))
+            found.append((when, f"{WHAT[phase]}{name} in microbatch {number} of {len(parts)}"))
     return found
 
 
+def _stage_of(model: HybridModel, name: str) -> int:
+    """The stage of a pipeline that has a module or parameter of this rank."""
+    number = next((int(part) for part in name.split(".")[1:2] if name.startswith("layers.")), None)
+    if number is not None:
+        return next(stage.number for stage in model.stages if number in stage.layers)
+    return model.stages[0 if name.startswith("embedding") else -1].number
+
+
 def _in_microbatch(model: HybridModel, part: Batch, share: float, context: ParallelContext) -> tuple[int, str]:
-    """The phase in which something was bad first, and what it was, "" for nothing.
+    """The phase in which something was bad first, and its name, "" for nothing.
 
     To the end, whatever is found: ranks that share the model compute together, and others may find nothing.
     """
@@ -73,10 +83,10 @@ def _in_microbatch(model: HybridModel, part: Batch, share: float, context: Paral
     name = bad_gradient(model)
     model.zero_grad(set_to_none=True)
     if bad:
-        return OUTPUT, f"the output of {bad[0]}"
+        return OUTPUT, bad[0]
     if losses and not all_finite(losses[0]):
-        return LOSS, "the loss"
-    return GRADIENT, f"the gradient of {name}" if name else ""
+        return LOSS, "loss"
+    return GRADIENT, name or ""
 
 
 def bad_gradient(model: nn.Module) -> str | None:
