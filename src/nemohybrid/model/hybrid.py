@@ -175,6 +175,8 @@ class HybridModel(nn.Module):
         states = self._run((self.layers.get_submodule(str(number)) for number in stage.layers), x, seq)
         if stage.is_last:
             states = self.final_norm(states)
+        elif states is x:
+            states = states.clone()  # FSDP warns of a stage that returns a view of what it was given
         seq.advance()
         return states
 
