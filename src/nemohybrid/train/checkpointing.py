@@ -12,11 +12,11 @@ from nemohybrid.checkpoint.load import load_checkpoint, newest_complete, read_me
 from nemohybrid.checkpoint.retention import prune
 from nemohybrid.checkpoint.save import save_checkpoint
 from nemohybrid.checkpoint.world import World
-from nemohybrid.config.accounting import total_cost
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml
 from nemohybrid.data.tokenizer import Tokenizer
 from nemohybrid.errors import CheckpointError
+from nemohybrid.model.count import built_parameters
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import Parts, held
 from nemohybrid.train.finite import all_finite
@@ -60,7 +60,7 @@ class Checkpointer:
 
     def space_warnings(self) -> list[str]:
         """What to say when the disk has no room for the checkpoints that will lie there at a time."""
-        size = total_cost(self.config.model, self.config.data.sequence_length).parameters * 4 * (1 + len(MOMENTS))
+        size = sum(built_parameters(self.config.model).values()) * 4 * (1 + len(MOMENTS))
         at_a_time = (
             self.config.checkpoint.keep + 1 if self.config.checkpoint.every else 1
         )  # one more while it is written

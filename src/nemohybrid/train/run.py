@@ -46,7 +46,7 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
         folder = Path(config.run.dir)
         with only_job_in(folder) as notes:
             warnings = World().together(lambda: check_fits(config, context))
-            say(context, *notes, _introduction(config, context), *_strip(config, context))
+            say(context, *notes, _introduction(config, context), *shown_cut(config, context))
             say(context, *warnings, *_for_benchmarks_only(config))
             trainer = Trainer(config, context, standard(config, context.is_main))
             say(context, *_describe_data(trainer), *trainer.resume())
@@ -116,7 +116,7 @@ def described(config: RunConfig, context: ParallelContext) -> str:
     return " x ".join(axes) + _described_experts(context)
 
 
-def _strip(config: RunConfig, context: ParallelContext) -> list[str]:
+def shown_cut(config: RunConfig, context: ParallelContext) -> list[str]:
     """Where a pipeline cuts the model, and how long its ranks wait, by the modelled costs of the layers."""
     if context.pipeline.size == 1:
         return []
