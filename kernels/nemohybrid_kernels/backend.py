@@ -9,7 +9,7 @@ import torch
 from nemohybrid_kernels.errors import BackendError
 
 
-def _runs_anywhere(device: torch.device) -> None:
+def _nothing(device: torch.device) -> None:
     return None
 
 
@@ -17,21 +17,36 @@ def _runs_anywhere(device: torch.device) -> None:
 class Backend:
     """One implementation of an operator.
 
-    `obstacle(device)` is None where `run` works, and otherwise says what is missing and how to get it.
+    `obstacle(device)` is None where `run` works, and otherwise says what is missing and how to get it. `reluctance(device)`
+    is None where "auto" may take it, and otherwise says why only who asks for it gets it.
     """
 
     run: Callable[..., Any]
-    obstacle: Callable[[torch.device], str | None] = _runs_anywhere
+    obstacle: Callable[[torch.device], str | None] = _nothing
+    reluctance: Callable[[torch.device], str | None] = _nothing
 
 
-def choose(operator: str, wanted: str, backends: Mapping[str, Backend], device: torch.device) -> Callable[..., Any]:
-    """The function to call for `operator` on `device`.
+@dataclass(frozen=True)
+class Choice:
+    """A decision and its reason, for a log."""
 
-    `backends` is ordered, fastest first; "auto" takes the first without an obstacle, and the last never has one. A
-    backend asked for by name is used or refused, never replaced. Raises BackendError.
+    operator: str
+    backend: str
+    run: Callable[..., Any]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.operator}: {self.backend} ({self.why})"
+
+
+def decide(operator: str, wanted: str, backends: Mapping[str, Backend], device: torch.device) -> Choice:
+    """What runs for `operator` on `device`, and why.
+
+    `backends` is ordered, fastest first; "auto" takes the first that nothing speaks against, and against the last nothing
+    ever does. A backend asked for by name is used or refused, never replaced. Raises BackendError.
     """
     if wanted == "auto":
-        return next(backend.run for backend in backends.values() if backend.obstacle(device) is None)
+        return _first_possible(operator, backends, device)
     if wanted not in backends:
         legal = ", ".join(repr(name) for name in ("auto", *backends))
         raise BackendError(f"{operator} has no backend {wanted!r}. Legal: {legal}")
@@ -39,4 +54,24 @@ def choose(operator: str, wanted: str, backends: Mapping[str, Backend], device: 
     if (obstacle := backend.obstacle(device)) is not None:
         advice = "backend='auto' picks one that can"
         raise BackendError(f"{operator}: backend {wanted!r} cannot run on {device}: {obstacle}. {advice}")
-    return backend.run
+    return Choice(operator, wanted, backend.run, "asked for")
+
+
+def _first_possible(operator: str, backends: Mapping[str, Backend], device: torch.device) -> Choice:
+    passed_over = []
+    for name, backend in backends.items():
+        reason = backend.obstacle(device) or backend.reluctance(device)
+        if reason is None:
+            why = (
+                "auto; " + "; ".join(f"not {other}: {reason}" for other, reason in passed_over)
+                if passed_over
+                else "auto"
+            )
+            return Choice(operator, name, backend.run, why)
+        passed_over.append((name, reason))
+    raise AssertionError(f"{operator} has no backend that runs anywhere")
+
+
+def choose(operator: str, wanted: str, backends: Mapping[str, Backend], device: torch.device) -> Callable[..., Any]:
+    """The function to call: that of `decide`."""
+    return decide(operator, wanted, backends, device).run
