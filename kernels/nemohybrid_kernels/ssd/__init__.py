@@ -1,12 +1,50 @@
 """The state-space scan of Mamba-2."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from nemohybrid_kernels import launching
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_divides, check_shape
 from nemohybrid_kernels.ssd.reference import ssd_chunked
 
-_BACKENDS = {"torch": Backend(ssd_chunked)}
+WIDEST_HEAD, WIDEST_STATE = 128, 256
+"""Head dimension and state size that the Triton kernels hold on chip."""
+
+
+def backends(dtype: torch.dtype, P: int = 64, N: int = 128) -> dict[str, Backend]:
+    """Implementations for inputs of `dtype`, head dimension P and state N, the fastest first."""
+
+    def obstacle(device: torch.device) -> str | None:
+        if P > WIDEST_HEAD or N > WIDEST_STATE:
+            return f"the Triton kernels take heads up to {WIDEST_HEAD} and states up to {WIDEST_STATE}, not {P} and {N}"
+        return launching.obstacle(device, dtype)
+
+    return {
+        "triton": Backend(_triton, obstacle, launching.reluctance),
+        "mamba_ssm": Backend(_mamba_ssm, _mamba_ssm_obstacle),
+        "torch": Backend(ssd_chunked),
+    }
+
+
+def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from nemohybrid_kernels.ssd.triton.op import ssd_scan_triton
+
+    return ssd_scan_triton(*args, **kwargs)
+
+
+def _mamba_ssm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from nemohybrid_kernels.ssd import mamba_ssm
+
+    return mamba_ssm.run(*args, **kwargs)
+
+
+def _mamba_ssm_obstacle(device: torch.device) -> str | None:
+    from nemohybrid_kernels.ssd import mamba_ssm
+
+    return mamba_ssm.obstacle(device)
 
 
 def ssd_scan(
@@ -31,6 +69,8 @@ def ssd_scan(
     [batch, H, P, N] continues the first document of each row. x, B and C may be bf16 or fp32; dt, A, D and the decays
     are fp32; a float64 x makes everything float64. chunk_size None picks the best for device and head dimension.
 
+    backend: "triton", "mamba_ssm" (of the package of that name), "torch", or "auto", the first of them that can run.
+
     Returns y like x, and the state after the last token, [batch, H, P, N] in fp32. Differentiable in every floating
     input. Deterministic. Raises BackendError, ShapeError. Twin: `reference.ssd_chunked`; oracle:
     `reference.ssd_sequential`.
@@ -45,5 +85,5 @@ def ssd_scan(
     check_shape("D", D, H=H)
     check_shape("document_ids", document_ids, B=batch, L=L)
     check_shape("initial_state", initial_state, B=batch, H=H, P=P, N=N)
-    run = choose("ssd_scan", backend, _BACKENDS, x.device)
+    run = choose("ssd_scan", backend, backends(x.dtype, P, N), x.device)
     return run(x, dt, A, B, C, D, document_ids=document_ids, initial_state=initial_state, chunk_size=chunk_size)
