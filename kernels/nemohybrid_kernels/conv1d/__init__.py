@@ -1,12 +1,46 @@
 """The short causal convolution in front of the scan of Mamba-2."""
 
+from importlib import import_module
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from nemohybrid_kernels import launching
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_shape
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
 
-_BACKENDS = {"torch": Backend(causal_conv1d_torch)}
+
+def backends(dtype: torch.dtype) -> dict[str, Backend]:
+    """Implementations for inputs of `dtype`, the fastest first."""
+    return {
+        "triton": Backend(_triton, lambda device: launching.obstacle(device, dtype), launching.reluctance),
+        "causal_conv1d": Backend(_package, _package_obstacle),
+        "torch": Backend(causal_conv1d_torch),
+    }
+
+
+def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from nemohybrid_kernels.conv1d.triton import causal_conv1d_triton
+
+    return causal_conv1d_triton(*args, **kwargs)
+
+
+def _package(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return _adapter().run(*args, **kwargs)
+
+
+def _package_obstacle(device: torch.device) -> str | None:
+    return "it needs a CUDA device" if device.type != "cuda" else _adapter().obstacle(device)
+
+
+def _adapter() -> Any:
+    """The module has the operator's name, and importing it the first time puts it in the operator's place: undone here."""
+    operator = causal_conv1d
+    module = import_module("nemohybrid_kernels.conv1d.causal_conv1d")
+    globals()["causal_conv1d"] = operator
+    return module
 
 
 def causal_conv1d(
@@ -39,5 +73,5 @@ def causal_conv1d(
     check_shape("initial_state", initial_state, B=B, taps=K - 1, C=C)
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d has no activation {activation!r}. Legal: 'silu', None")
-    run = choose("causal_conv1d", backend, _BACKENDS, x.device)
+    run = choose("causal_conv1d", backend, backends(x.dtype), x.device)
     return run(x, weight, bias, activation=activation, document_ids=document_ids, initial_state=initial_state)
