@@ -59,7 +59,9 @@ def ssd_decays(
     first = chunk * CHUNK
     heads = h < H
     rate = tl.load(A + h, mask=heads, other=0.0) * LOG2E
-    shift = tl.load(bias + h, mask=heads, other=0.0).to(tl.float32) if bias is not None else tl.zeros((HEADS,), tl.float32)
+    shift = (
+        tl.load(bias + h, mask=heads, other=0.0).to(tl.float32) if bias is not None else tl.zeros((HEADS,), tl.float32)
+    )
 
     l = first + q
     row = raw + b * raw_stride_b
@@ -96,7 +98,7 @@ def ssd_decays(
 
 
 @triton.jit
-def _later_sums(parts, count, stride, at, mask):
+def _sum_of_parts(parts, count, stride, at, mask):
     """Partial sums that several programs left, added in their order."""
     total = tl.load(parts + at, mask=mask, other=0.0)
     for part in range(1, count):
@@ -110,10 +112,11 @@ def ssd_decays_backward(
     bias,
     A,
     dt,
-    direct,
     gained,
-    gained_parts,
     lost,
+    tile,
+    product,
+    itself,
     entered,
     entered_parts,
     left,
@@ -123,6 +126,7 @@ def ssd_decays_backward(
     passed_stride,
     d_raw,
     dA_out,
+    dD_out,
     dbias_out,
     L,
     H,
@@ -137,11 +141,11 @@ def ssd_decays_backward(
     CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Gradients of raw, and of A and the bias for each chunk, [B, chunks, H].
+    """Gradients of raw, and of A, D and the bias for each chunk, [B, chunks, H].
 
-    A step s_k decays all that passes from before k to k or later. Inside the chunk that is gained - lost, summed from k on;
-    what entered at k or later; what left from tokens before k; and what passed through. `direct` is the gradient of dt as
-    the weight of its token.
+    A step s_k decays all that passes from before k to k or later: inside the chunk gained - lost, summed from k on; what
+    entered at k or later; what left from tokens before k; and what passed through. What `ssd_pair_gradients` left in parts
+    is there for pairs of tiles of `tile` tokens, the one of i not before the one of j.
     """
     chunk, h = tl.program_id(0) % chunks, tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     b = (tl.program_id(0) // chunks).to(tl.int64)
@@ -151,17 +155,26 @@ def ssd_decays_backward(
     mask = tl.broadcast_to(heads[None, :], (CHUNK, HEADS))
     at = ((b * H + h.to(tl.int64)) * (chunks * CHUNK) + chunk * CHUNK)[None, :] + q[:, None]
 
-    here = _later_sums(gained, gained_parts, part_stride, at, mask) - tl.load(lost + at, mask=mask, other=0.0)
-    here += _later_sums(entered, entered_parts, part_stride, at, mask)
-    before = tl.load(left + at - 1, mask=mask & (q > 0)[:, None], other=0.0)
-    through = _later_sums(passed, passed_parts, passed_stride, (b * H + h) * chunks + chunk, heads)
-    d_step = tl.cumsum(here, axis=0, reverse=True) + tl.cumsum(before, axis=0) + through[None, :]
+    here = tl.zeros((CHUNK, HEADS), tl.float32)
+    lost_q = tl.zeros((CHUNK, HEADS), tl.float32)
+    for part in range(0, CHUNK // tile):
+        here += tl.load(gained + part * part_stride + at, mask=mask & (q // tile >= part)[:, None], other=0.0)
+        lost_q += tl.load(lost + part * part_stride + at, mask=mask & (q // tile <= part)[:, None], other=0.0)
+    steps = tl.load(dt + at, mask=mask, other=0.0)
+    here += _sum_of_parts(entered, entered_parts, part_stride, at, mask) - lost_q * steps
+    left_q = tl.load(left + at, mask=mask, other=0.0)
+    before = (q > 0)[:, None] & mask
+    left_before = tl.load(left + at - 1, mask=before, other=0.0) * tl.load(dt + at - 1, mask=before, other=0.0)
+    through = _sum_of_parts(passed, passed_parts, passed_stride, (b * H + h) * chunks + chunk, heads)
+    d_step = tl.cumsum(here, axis=0, reverse=True) + tl.cumsum(left_before, axis=0) + through[None, :]
 
     rate = tl.load(A + h, mask=heads, other=0.0)
-    d_dt = tl.load(direct + at, mask=mask, other=0.0) + d_step * rate[None, :]
+    d_dt = lost_q + left_q + tl.load(itself + at, mask=mask, other=0.0) + d_step * rate[None, :]
     inside = (l < L)[:, None] & mask
-    dA = tl.sum(d_step * tl.load(dt + at, mask=mask, other=0.0), axis=0)
-    tl.store(dA_out + (b * chunks + chunk) * H + h, dA, mask=heads)
+    of_chunk = (b * chunks + chunk) * H + h
+    tl.store(dA_out + of_chunk, tl.sum(d_step * steps, axis=0), mask=heads)
+    if dD_out is not None:
+        tl.store(dD_out + of_chunk, tl.sum(tl.load(product + at, mask=mask, other=0.0), axis=0), mask=heads)
 
     row = l.to(tl.int64)[:, None]
     value = tl.load(raw + b * raw_stride_b + row * raw_stride_l + h[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -175,4 +188,4 @@ def ssd_decays_backward(
     d_dt = tl.where(inside, d_dt, 0.0)
     tl.store(d_raw + b * d_raw_stride_b + row * d_raw_stride_l + h[None, :], d_dt, mask=inside)
     if bias is not None:
-        tl.store(dbias_out + (b * chunks + chunk) * H + h, tl.sum(d_dt, axis=0), mask=heads)
+        tl.store(dbias_out + of_chunk, tl.sum(d_dt, axis=0), mask=heads)

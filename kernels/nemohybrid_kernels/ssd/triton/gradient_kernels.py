@@ -1,4 +1,4 @@
-"""Gradients of a chunk, in two kernels: all that belongs to single heads, and what the heads of a group add up to.
+"""Gradients of a chunk: of the pairs of its tokens, and of B and C, to which all heads of a group add.
 
 One kernel would have to hold the gradients of B, of C and of C B^T at once, three tiles of 128 x 128 in fp32.
 """
@@ -10,29 +10,23 @@ from nemohybrid_kernels.jit import dot
 
 
 @triton.jit
-def ssd_head_gradients(
+def ssd_pair_gradients(
     x,
     B,
     C,
-    D,
     dt,
     decay,
-    leave,
     starts,
     dy,
-    d_states,
-    dx,
     dCB,
-    direct,
     gained,
     lost,
-    left,
-    dD,
+    product,
+    itself,
     L,
     H,
     chunks,
-    gained_stride,
-    dD_stride,
+    part_stride,
     x_stride_b,
     x_stride_l,
     x_stride_h,
@@ -45,9 +39,6 @@ def ssd_head_gradients(
     dy_stride_b,
     dy_stride_l,
     dy_stride_h,
-    dx_stride_b,
-    dx_stride_l,
-    dx_stride_h,
     R: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -57,82 +48,68 @@ def ssd_head_gradients(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """dx; dCB summed over HEADS heads, transposed, [B, chunks, G, blocks, CHUNK j, CHUNK i]; dD of each tile of a chunk,
-    [tiles, B, H, chunks]; and for every token [B, H, T], as `ssd_decays_backward` takes them: `direct`, `lost`, `left`,
-    and `gained` of each tile.
+    """Of ROWS x ROWS pairs of tokens j <= i of a chunk, whose x_j weighs exp2(decay_i - decay_j) dt_j (C_i B_j) in y_i:
 
-    d_states is the gradient of the state after each chunk. A program has ROWS tokens j of a chunk, whose x is weighed into
-    y of all tokens i of the chunk. The pair (j, j) decays nothing; its terms are kept apart, because they dwarf the others
-    where decays are strong.
+    the gradient of C_i B_j summed over HEADS heads, dCB [B, chunks, G, blocks, CHUNK j, CHUNK i]; and for every token
+    [B, H, T] the gradients of the decay that it gained as i and lost as j, both without dt_i, one part for each tile of the
+    other token [tiles, B, H, T]. A token decays nothing on its way to itself, and what that pair weighs would drown the
+    others where decays are strong: it is kept apart, `product` being x_j dy_j, and `itself` that times C_j B_j.
     """
     blocks: tl.constexpr = (R + HEADS - 1) // HEADS
     tiles: tl.constexpr = CHUNK // ROWS
-    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile_j, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile_i, rest = rest % tiles, rest // tiles
     block, rest = rest % blocks, rest // blocks
     groups = H // R
     g, rest = rest % groups, rest // groups
     chunk, b = rest % chunks, (rest // chunks).to(tl.int64)
     first = chunk * CHUNK
-    j, i = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    j, i = tile_j * ROWS + tl.arange(0, ROWS), tile_i * ROWS + tl.arange(0, ROWS)
     n, p = tl.arange(0, PADDED_N), tl.arange(0, PADDED_P)
     rows_j, rows_i = first + j < L, first + i < L
 
     start = first.to(tl.int64)
+    B_base = B + b * B_stride_b + start * B_stride_l + g * B_stride_g
     C_base = C + b * C_stride_b + start * C_stride_l + g * C_stride_g
-    B_at = b * B_stride_b + start * B_stride_l + g * B_stride_g + j[:, None] * B_stride_l + n[None, :]
-    B_jN = tl.load(B + B_at, mask=rows_j[:, None] & (n < N)[None, :], other=0.0)
+    B_jN = tl.load(B_base + j[:, None] * B_stride_l + n[None, :], mask=rows_j[:, None] & (n < N)[None, :], other=0.0)
     C_iN = tl.load(C_base + i[:, None] * C_stride_l + n[None, :], mask=rows_i[:, None] & (n < N)[None, :], other=0.0)
-    C_jN = tl.load(C_base + j[:, None] * C_stride_l + n[None, :], mask=rows_j[:, None] & (n < N)[None, :], other=0.0)
-    itself = tl.sum(B_jN.to(tl.float32) * C_jN.to(tl.float32), axis=1)
-    later = i[None, :] > j[:, None]
-    if starts is not None:
-        began = tl.load(starts + b * L + first + i, mask=rows_i, other=0)
-        later = later & (first + j[:, None] >= began[None, :])
-    CB = tl.where(later, dot(B_jN, tl.trans(C_iN), tl.zeros((ROWS, CHUNK), tl.float32)), 0.0)
-    d_CB = tl.zeros((ROWS, CHUNK), tl.float32)
-
-    for h in range(g * R + block * HEADS, g * R + tl.minimum(block * HEADS + HEADS, R)):
-        vectors = (b * H + h) * (chunks * CHUNK) + first
-        dt_j, leave_j = tl.load(dt + vectors + j), tl.load(leave + vectors + j)
-        decay_i, decay_j = tl.load(decay + vectors + i), tl.load(decay + vectors + j)
-        own = rows_j[:, None] & (p < P)[None, :]
-        dy_base = dy + b * dy_stride_b + start * dy_stride_l + h * dy_stride_h
-        x_at = b * x_stride_b + start * x_stride_l + h * x_stride_h + j[:, None] * x_stride_l + p[None, :]
-        x_jP = tl.load(x + x_at, mask=own, other=0.0)
-        dy_iP = tl.load(dy_base + i[:, None] * dy_stride_l + p[None, :], mask=rows_i[:, None] & (p < P)[None, :], other=0.0)
-        dy_jP = tl.load(dy_base + j[:, None] * dy_stride_l + p[None, :], mask=own, other=0.0).to(tl.float32)
-        S_at = ((b * chunks + chunk) * H + h) * (N * P) + n[:, None] * P + p[None, :]
-        dS_NP = tl.load(d_states + S_at, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0)
-
-        between = tl.exp2(tl.minimum(decay_i[None, :] - decay_j[:, None], 0.0))
-        d_weights = dot(x_jP, tl.trans(dy_iP), tl.zeros((ROWS, CHUNK), tl.float32)) * between
-        d_CB += d_weights * dt_j[:, None]
-        d_between = d_weights * CB
-        lost_j = tl.sum(d_between, axis=1)
-        tl.store(gained + tile * gained_stride + vectors + i, tl.sum(d_between * dt_j[:, None], axis=0))
-
-        x_jP = x_jP.to(tl.float32)
-        from_state = dot(B_jN, dS_NP, tl.zeros((ROWS, PADDED_P), tl.float32)) * leave_j[:, None]
-        left_j = tl.sum(x_jP * from_state, axis=1)
-        product_j = tl.sum(x_jP * dy_jP, axis=1)
-        tl.store(direct + vectors + j, lost_j + left_j + itself * product_j)
-        tl.store(lost + vectors + j, lost_j * dt_j)
-        tl.store(left + vectors + j, left_j * dt_j)
-
-        total = dot((CB * between).to(dS_NP.dtype), dy_iP, from_state) * dt_j[:, None]
-        skip = itself * dt_j
-        if D is not None:
-            skip += tl.load(D + h).to(tl.float32)
-            tl.store(dD + tile * dD_stride + (b * H + h) * chunks + chunk, tl.sum(product_j, axis=0))
-        dx_at = b * dx_stride_b + start * dx_stride_l + h * dx_stride_h + j[:, None] * dx_stride_l + p[None, :]
-        tl.store(dx + dx_at, (total + skip[:, None] * dy_jP).to(dx.dtype.element_ty), mask=own)
-
-    seen = i[None, :] >= j[:, None]
+    same, seen = i[None, :] == j[:, None], i[None, :] >= j[:, None]
     if starts is not None:
         began = tl.load(starts + b * L + first + i, mask=rows_i, other=0)
         seen = seen & (first + j[:, None] >= began[None, :])
-    at = ((((b * chunks + chunk) * groups + g) * blocks + block) * CHUNK + j[:, None]) * CHUNK + i[None, :]
-    tl.store(dCB + at, tl.where(seen, d_CB, 0.0).to(dCB.dtype.element_ty))
+    CB = dot(B_jN, tl.trans(C_iN), tl.zeros((ROWS, ROWS), tl.float32))
+    CB_itself = tl.sum(tl.where(same, CB, 0.0), axis=1)
+    CB = tl.where(seen & (same == 0), CB, 0.0)
+    d_CB = tl.zeros((ROWS, ROWS), tl.float32)
+
+    heads = tl.minimum(HEADS, R - block * HEADS) if tile_i >= tile_j else 0  # earlier tokens i see nothing of j
+    for head in range(0, heads):
+        h = g * R + block * HEADS + head
+        vectors = (b * H + h) * (chunks * CHUNK) + first
+        x_base = x + b * x_stride_b + start * x_stride_l + h * x_stride_h
+        dy_base = dy + b * dy_stride_b + start * dy_stride_l + h * dy_stride_h
+        x_jP = tl.load(
+            x_base + j[:, None] * x_stride_l + p[None, :], mask=rows_j[:, None] & (p < P)[None, :], other=0.0
+        )
+        dy_iP = tl.load(
+            dy_base + i[:, None] * dy_stride_l + p[None, :], mask=rows_i[:, None] & (p < P)[None, :], other=0.0
+        )
+        dt_j = tl.load(dt + vectors + j)
+        decay_i, decay_j = tl.load(decay + vectors + i), tl.load(decay + vectors + j)
+
+        d_weights = dot(x_jP, tl.trans(dy_iP), tl.zeros((ROWS, ROWS), tl.float32))
+        if tile_i == tile_j:
+            product_j = tl.sum(tl.where(same, d_weights, 0.0), axis=1)
+            tl.store(product + vectors + j, product_j)
+            tl.store(itself + vectors + j, CB_itself * product_j)
+        d_weights = d_weights * tl.exp2(tl.minimum(decay_i[None, :] - decay_j[:, None], 0.0))
+        d_CB += d_weights * dt_j[:, None]
+        d_between = d_weights * CB
+        tl.store(lost + tile_i * part_stride + vectors + j, tl.sum(d_between, axis=1))
+        tl.store(gained + tile_j * part_stride + vectors + i, tl.sum(d_between * dt_j[:, None], axis=0))
+
+    dCB_base = dCB + (((b * chunks + chunk) * groups + g) * blocks + block) * (CHUNK * CHUNK)
+    tl.store(dCB_base + j[:, None] * CHUNK + i[None, :], tl.where(seen, d_CB, 0.0).to(dCB.dtype.element_ty))
 
 
 @triton.jit
@@ -191,25 +168,29 @@ def ssd_group_gradients(
     own = rows[:, None] & (n < N)[None, :]
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     if C is not None:
-        C_at = b * C_stride_b + start * C_stride_l + g * C_stride_g + m[:, None] * C_stride_l + n[None, :]
-        C_mN = tl.load(C + C_at, mask=own, other=0.0).to(tl.float32)
+        C_base = C + b * C_stride_b + start * C_stride_l + g * C_stride_g
+        C_mN = tl.load(C_base + m[:, None] * C_stride_l + n[None, :], mask=own, other=0.0).to(tl.float32)
 
     for h in range(g * R, g * R + R):
-        vectors = (b * H + h) * (chunks * CHUNK) + first + m
-        x_at = b * x_stride_b + start * x_stride_l + h * x_stride_h + m[:, None] * x_stride_l + p[None, :]
-        x_mP = tl.load(x + x_at, mask=rows[:, None] & (p < P)[None, :], other=0.0)
-        S_at = ((b * chunks + chunk) * H + h) * (N * P) + n[:, None] * P + p[None, :]
-        S_NP = tl.load(states + S_at, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0)
-        factor = tl.load(weight + vectors)
+        vectors = (b * H + h) * (chunks * CHUNK) + first
+        x_base = x + b * x_stride_b + start * x_stride_l + h * x_stride_h
+        x_mP = tl.load(x_base + m[:, None] * x_stride_l + p[None, :], mask=rows[:, None] & (p < P)[None, :], other=0.0)
+        S_base = states + ((b * chunks + chunk) * H + h) * (N * P)
+        S_NP = tl.load(S_base + n[:, None] * P + p[None, :], mask=(n < N)[:, None] & (p < P)[None, :], other=0.0)
+        factor = tl.load(weight + vectors + m)
         if dt is not None:
-            factor *= tl.load(dt + vectors)
+            factor *= tl.load(dt + vectors + m)
         part = dot(x_mP, tl.trans(S_NP), tl.zeros((ROWS, BLOCK_N), tl.float32)) * factor[:, None]
         total += part
         if C is not None:
-            tl.store(entered + tile_n * entered_stride + vectors, tl.sum(part * C_mN, axis=1))
+            tl.store(entered + tile_n * entered_stride + vectors + m, tl.sum(part * C_mN, axis=1))
 
-    other_at = b * other_stride_b + start * other_stride_l + g * other_stride_g + k[:, None] * other_stride_l + n[None, :]
-    other_kN = tl.load(other + other_at, mask=(first + k < L)[:, None] & (n < N)[None, :], other=0.0)
+    other_base = other + b * other_stride_b + start * other_stride_l + g * other_stride_g
+    other_kN = tl.load(
+        other_base + k[:, None] * other_stride_l + n[None, :],
+        mask=(first + k < L)[:, None] & (n < N)[None, :],
+        other=0.0,
+    )
     for block in range(BLOCKS):
         base = dCB + (((b * chunks + chunk) * groups + g) * BLOCKS + block) * (CHUNK * CHUNK)
         if C is not None:
@@ -217,5 +198,5 @@ def ssd_group_gradients(
         else:
             d_CB = tl.load(base + m[:, None] * CHUNK + k[None, :])
         total = dot(d_CB, other_kN, total)
-    out_at = b * out_stride_b + start * out_stride_l + g * out_stride_g + m[:, None] * out_stride_l + n[None, :]
-    tl.store(out + out_at, total.to(out.dtype.element_ty), mask=own)
+    out_base = out + b * out_stride_b + start * out_stride_l + g * out_stride_g
+    tl.store(out_base + m[:, None] * out_stride_l + n[None, :], total.to(out.dtype.element_ty), mask=own)

@@ -117,29 +117,7 @@ def forward(call: Call, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     y = like(call.x) if y is None else y
     decays = decays_of(call)
     states, final = states_of(call, decays)
-    tiled = _tiled("ssd_scan", call)
-    launch(
-        scan_kernels.ssd_scan,
-        (call.batch * call.chunks * call.G * tiled.blocks * tiled.tiles,),
-        tiled.config,
-        x=call.x,
-        B=call.B,
-        C=call.C,
-        D=call.D,
-        dt=decays.dt,
-        decay=decays.decay,
-        enter=decays.enter,
-        starts=call.starts,
-        states=states,
-        y=y,
-        **call.sizes,
-        **call.widths,
-        **strides("x", call.x, "blh"),
-        **strides("B", call.B, "blg"),
-        **strides("C", call.C, "blg"),
-        **strides("y", y, "blh"),
-        PADDED_N=padded(call.N),
-    )
+    _scan(call, decays, call.x, call.B, call.C, states, decays.enter, y)
     return y, final
 
 
@@ -149,17 +127,21 @@ def backward(call: Call, dy: Tensor, d_final: Tensor | None, into: Into | None =
     decays = decays_of(call)
     states, _ = states_of(call, decays)
     reverse = _reverse_states(call, decays, dy, d_final, states)
-    heads = _head_gradients(call, decays, dy, reverse.states, into.x)
-    dB, _ = _group_gradients(call, heads.CB, call.x, reverse.states, decays.leave, decays.dt, call.C, None, into.B)
-    dC, entered = _group_gradients(call, heads.CB, dy, states, decays.enter, None, call.B, call.C, into.C)
-    d_dt, dA, d_bias = _decay_gradients(call, decays, heads, entered, reverse.passed, into.dt)
-    return Gradients(heads.x, d_dt, dA, dB, dC, heads.D, d_bias, reverse.initial)
+    dx, left = like(call.x) if into.x is None else into.x, call.vectors()
+    _scan(call, decays, dy, call.C, call.B, reverse.states, decays.leave, dx, (call.x, left))
+    pairs = _pair_gradients(call, decays, dy)
+    dB, _ = _group_gradients(call, pairs.CB, call.x, reverse.states, decays.leave, decays.dt, call.C, None, into.B)
+    dC, entered = _group_gradients(call, pairs.CB, dy, states, decays.enter, None, call.B, call.C, into.C)
+    d_dt, dA, dD, d_bias = _decay_gradients(call, decays, pairs, entered, left, reverse.passed, into.dt)
+    return Gradients(dx, d_dt, dA, dB, dC, dD, d_bias, reverse.initial)
 
 
 def decays_of(call: Call) -> Decays:
     """The time steps, and all factors that follow from them."""
     config = call.config("ssd_decays")
-    decays = Decays(*(call.vectors() for _ in range(4)), call.x.new_empty(call.batch, call.H, call.chunks, dtype=torch.float32))
+    decays = Decays(
+        *(call.vectors() for _ in range(4)), call.x.new_empty(call.batch, call.H, call.chunks, dtype=torch.float32)
+    )
     launch(
         decay_kernels.ssd_decays,
         (call.batch * call.chunks, -(-call.H // config.tiles["HEADS"])),
@@ -305,57 +287,90 @@ def combine(ends: Tensor, decays: Tensor, initial: Tensor | None, reverse: bool 
     return before
 
 
-class _Heads(NamedTuple):
-    x: Tensor
-    D: Tensor | None
-    CB: Tensor  # gradient of B C^T, [b, chunks, G, blocks, CHUNK, CHUNK]
-    direct: Tensor
-    gained: Tensor  # [tiles, b, H, T]
-    lost: Tensor
-    left: Tensor
-
-
-def _head_gradients(call: Call, decays: Decays, dy: Tensor, d_states: Tensor, dx: Tensor | None) -> _Heads:
-    tiled, sizes = _tiled("ssd_head_gradients", call), (call.batch, call.H, call.chunks)
-    dx = like(call.x) if dx is None else dx
-    dCB = call.x.new_empty(call.batch, call.chunks, call.G, tiled.blocks, call.chunk, call.chunk)
-    direct, lost, left = (call.vectors() for _ in range(3))
-    gained = call.x.new_empty(tiled.tiles, *direct.shape, dtype=torch.float32)
-    dD = None if call.D is None else call.x.new_empty(tiled.tiles, *sizes, dtype=torch.float32)
+def _scan(
+    call: Call,
+    decays: Decays,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    states: Tensor,
+    edge: Tensor,
+    y: Tensor,
+    exchange: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """y, or with `exchange`, x and what it and the states exchanged, dx: see the kernel."""
+    tiled = _tiled("ssd_scan", call)
+    source, exchanged = exchange or (x, None)
     launch(
-        gradient_kernels.ssd_head_gradients,
+        scan_kernels.ssd_scan,
         (call.batch * call.chunks * call.G * tiled.blocks * tiled.tiles,),
+        tiled.config,
+        x=x,
+        B=B,
+        C=C,
+        D=call.D,
+        dt=decays.dt,
+        decay=decays.decay,
+        edge=edge,
+        starts=call.starts,
+        states=states,
+        y=y,
+        source=None if exchange is None else source,
+        exchanged=exchanged,
+        **call.sizes,
+        **call.widths,
+        **strides("x", x, "blh"),
+        **strides("B", B, "blg"),
+        **strides("C", C, "blg"),
+        **strides("y", y, "blh"),
+        **strides("source", source, "blh"),
+        PADDED_N=padded(call.N),
+        REVERSE=exchange is not None,
+    )
+
+
+class _Pairs(NamedTuple):
+    """What `ssd_pair_gradients` finds."""
+
+    CB: Tensor  # gradient of B C^T, [b, chunks, G, blocks, CHUNK, CHUNK]
+    gained: Tensor  # [tiles, b, H, T]
+    lost: Tensor  # [tiles, b, H, T]
+    product: Tensor
+    itself: Tensor
+    tile: int  # tokens
+
+
+def _pair_gradients(call: Call, decays: Decays, dy: Tensor) -> _Pairs:
+    tiled = _tiled("ssd_pair_gradients", call)
+    dCB = call.x.new_empty(call.batch, call.chunks, call.G, tiled.blocks, call.chunk, call.chunk)
+    gained, lost = (call.x.new_empty(tiled.tiles, *decays.dt.shape, dtype=torch.float32) for _ in range(2))
+    product, itself = call.vectors(), call.vectors()
+    launch(
+        gradient_kernels.ssd_pair_gradients,
+        (call.batch * call.chunks * call.G * tiled.blocks * tiled.tiles**2,),
         tiled.config,
         x=call.x,
         B=call.B,
         C=call.C,
-        D=call.D,
         dt=decays.dt,
         decay=decays.decay,
-        leave=decays.leave,
         starts=call.starts,
         dy=dy,
-        d_states=d_states,
-        dx=dx,
         dCB=dCB,
-        direct=direct,
         gained=gained,
         lost=lost,
-        left=left,
-        dD=dD,
+        product=product,
+        itself=itself,
         **call.sizes,
-        gained_stride=direct.numel(),
-        dD_stride=decays.of_chunk.numel(),
+        part_stride=product.numel(),
         **call.widths,
         **strides("x", call.x, "blh"),
         **strides("B", call.B, "blg"),
         **strides("C", call.C, "blg"),
         **strides("dy", dy, "blh"),
-        **strides("dx", dx, "blh"),
         PADDED_N=padded(call.N),
     )
-    d_skip = None if dD is None or call.D is None else dD.sum((0, 1, 3)).to(call.D.dtype)
-    return _Heads(dx, d_skip, dCB, direct, gained, lost, left)
+    return _Pairs(dCB, gained, lost, product, itself, tiled.config.tiles["ROWS"])
 
 
 def _group_gradients(
@@ -402,39 +417,55 @@ def _group_gradients(
 
 
 def _decay_gradients(
-    call: Call, decays: Decays, heads: _Heads, entered: Tensor | None, passed: Tensor, d_dt: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    call: Call,
+    decays: Decays,
+    pairs: _Pairs,
+    entered: Tensor | None,
+    left: Tensor,
+    passed: Tensor,
+    d_dt: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of dt, A, D and the bias."""
     assert entered is not None, "the gradient of C tells what entered"
     config = call.config("ssd_decays_backward")
     d_dt = like(call.dt) if d_dt is None else d_dt
-    dA = call.x.new_empty(call.batch, call.chunks, call.H, dtype=torch.float32)
-    d_bias = None if call.bias is None else torch.empty_like(dA)
+    dA, dD, d_bias = (
+        None if of is None else call.x.new_empty(call.batch, call.chunks, call.H, dtype=torch.float32)
+        for of in (call.A, call.D, call.bias)
+    )
     launch(
         decay_kernels.ssd_decays_backward,
         (call.batch * call.chunks, -(-call.H // config.tiles["HEADS"])),
         config,
         **_time_steps(call),
         dt=decays.dt,
-        direct=heads.direct,
-        gained=heads.gained,
-        gained_parts=len(heads.gained),
-        lost=heads.lost,
+        gained=pairs.gained,
+        lost=pairs.lost,
+        tile=pairs.tile,
+        product=pairs.product,
+        itself=pairs.itself,
         entered=entered,
         entered_parts=len(entered),
-        left=heads.left,
+        left=left,
         passed=passed,
         passed_parts=len(passed),
-        part_stride=heads.lost.numel(),
+        part_stride=left.numel(),
         passed_stride=decays.of_chunk.numel(),
         d_raw=d_dt,
         dA_out=dA,
+        dD_out=dD,
         dbias_out=d_bias,
         **call.sizes,
         d_raw_stride_b=d_dt.stride(0),
         d_raw_stride_l=d_dt.stride(1),
     )
-    of_bias = None if d_bias is None or call.bias is None else d_bias.sum((0, 1)).to(call.bias.dtype)
-    return d_dt, dA.sum((0, 1)).to(call.A.dtype), of_bias
+    of_A = _over_chunks(dA, call.A)
+    assert of_A is not None, "there is always an A"
+    return d_dt, of_A, _over_chunks(dD, call.D), _over_chunks(d_bias, call.bias)
+
+
+def _over_chunks(parts: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if parts is None or like is None else parts.sum((0, 1)).to(like.dtype)
 
 
 class _Tiled(NamedTuple):

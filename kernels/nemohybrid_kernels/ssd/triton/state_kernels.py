@@ -77,20 +77,21 @@ def ssd_states(
         rows = l < L
         decay = tl.load(chunk_decay + (b * H + h) * chunks + chunk)
         if states is not None:
-            at = ((b * chunks + chunk) * H + h) * (N * P) + n[:, None] * P + p[None, :]
-            tl.store(states + at, state.to(states.dtype.element_ty), mask=tile_mask)
+            base = ((b * chunks + chunk) * H + h) * (N * P)
+            at = n[:, None] * P + p[None, :]
+            tl.store(states + base + at, state.to(states.dtype.element_ty), mask=tile_mask)
             if forward_states is not None:
-                other = tl.load(forward_states + at, mask=tile_mask, other=0.0).to(tl.float32)
+                other = tl.load(forward_states + base + at, mask=tile_mask, other=0.0).to(tl.float32)
                 product = tl.sum(tl.sum(state * other, axis=1), axis=0) * decay
                 tl.store(passed + tile * passed_stride + (b * H + h) * chunks + chunk, product)
         factor = tl.load(weight + vectors + chunk * CHUNK + q)
         if dt is not None:
             factor *= tl.load(dt + vectors + chunk * CHUNK + q)
         start = (chunk * CHUNK).to(tl.int64)
-        x_at = b * x_stride_b + start * x_stride_l + h * x_stride_h + q[:, None] * x_stride_l + p[None, :]
-        B_at = b * B_stride_b + start * B_stride_l + (h // R) * B_stride_g + q[:, None] * B_stride_l + n[None, :]
-        x_QP = tl.load(x + x_at, mask=rows[:, None] & (p < P)[None, :], other=0.0)
-        B_QN = tl.load(B + B_at, mask=rows[:, None] & (n < N)[None, :], other=0.0)
+        x_base = x + b * x_stride_b + start * x_stride_l + h * x_stride_h
+        B_base = B + b * B_stride_b + start * B_stride_l + (h // R) * B_stride_g
+        x_QP = tl.load(x_base + q[:, None] * x_stride_l + p[None, :], mask=rows[:, None] & (p < P)[None, :], other=0.0)
+        B_QN = tl.load(B_base + q[:, None] * B_stride_l + n[None, :], mask=rows[:, None] & (n < N)[None, :], other=0.0)
         scaled = (x_QP.to(tl.float32) * factor[:, None]).to(x_QP.dtype)
         state = dot(tl.trans(B_QN), scaled, state * decay)
         through *= decay
@@ -101,9 +102,7 @@ def ssd_states(
 
 
 @triton.jit
-def ssd_combine(
-    ends, decays, initial, before, size, segments, REVERSE: tl.constexpr, BLOCK: tl.constexpr
-):
+def ssd_combine(ends, decays, initial, before, size, segments, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
     """From what each segment adds to a state of zeros, and how it decays one, to the state before each segment.
 
     ends and before [B, segments, H, size], decays [B, segments, H], initial [B, H, size], all fp32. A program has
