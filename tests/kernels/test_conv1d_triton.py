@@ -62,7 +62,7 @@ def short_spans(monkeypatch):
 
 @DTYPES
 @pytest.mark.parametrize("documents, bias", [(False, False), (True, True)], ids=["one document", "documents and bias"])
-@pytest.mark.parametrize("K, L", [(1, 9), (2, 9), (4, 37)])
+@pytest.mark.parametrize("K, L", [(1, 9), (2, 9), (4, 2), (4, 37)])
 def test_values_and_all_gradients_equal_float64(
     K, L, documents, bias, dtype, tolerance, assert_same, results_and_gradients
 ):
@@ -73,7 +73,7 @@ def test_values_and_all_gradients_equal_float64(
     assert_same(got, results_and_gradients(with_torch(), in_double(inputs)), tolerance)
 
 
-@settings(max_examples=8, derandomize=True, deadline=None)
+@settings(max_examples=7, derandomize=True, deadline=None)
 @given(data=st.data())
 def test_any_shape_equals_float64(data, assert_same, results_and_gradients):
     sizes = {name: data.draw(st.integers(1, 5), label=name) for name in ("C", "K", "L")}
@@ -92,9 +92,9 @@ def test_more_channels_than_a_strip_and_more_taps_than_usual(assert_same, result
 
 @pytest.mark.usefixtures("short_spans")
 def test_spans_hand_over_what_the_next_one_needs(assert_same, results_and_gradients):
-    """Documents begin within the K-1 tokens on both sides of a boundary between spans, and on it."""
+    """Spans of 8: documents begin on their boundaries, and within the K-1 tokens on both sides of them."""
     inputs = conv_inputs(B=1, L=23)
-    inputs["document_ids"] = torch.tensor([[0] * 4 + [1] + [2] * 3 + [3] * 6 + [4] * 2 + [5] * 7])
+    inputs["document_ids"] = torch.tensor([[0] * 4 + [1] + [2] * 3 + [3] * 6 + [4] * 2 + [5] * 2 + [6] * 5])
     want = results_and_gradients(with_torch(), in_double(inputs))
     assert_same(results_and_gradients(with_triton(), inputs), want, 5e-6)
 
@@ -105,8 +105,8 @@ def test_parts_of_wider_rows_are_read_and_written_in_place(dtype, tolerance):
     starts = document_starts(inputs.pop("document_ids"))
     x, weight, bias, initial = (inputs[name] for name in ("x", "weight", "bias", "initial_state"))
     dy = torch.randn_like(x)
-    rows = {name: x.new_full((2, 9, 50), 7.0) for name in ("x", "y", "dy", "dx")}
-    inner = {name: row[:, :, 13:33] for name, row in rows.items()}
+    rows = {name: x.new_full((2, 12, 50), 7.0) for name in ("x", "y", "dy", "dx")}
+    inner = {name: row[:, 2:11, 13:33] for name, row in rows.items()}
     inner["x"].copy_(x)
     inner["dy"].copy_(dy)
 
@@ -119,25 +119,27 @@ def test_parts_of_wider_rows_are_read_and_written_in_place(dtype, tolerance):
     for name, expected in want._asdict().items():
         assert torch.equal(getattr(got, name), expected), name
     for name, row in rows.items():
-        beside = torch.cat([row[:, :, :13], row[:, :, 33:]], dim=2)
-        assert (beside == 7).all(), f"{name}: neighbours were written"
+        inner[name].fill_(7.0)
+        assert (row == 7).all(), f"{name}: neighbours were written"
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, where infinity may be
 def test_not_even_infinity_leaks_into_another_document():
     x, weight = torch.ones(1, 8, 3, device=DEVICE), torch.ones(3, 4, device=DEVICE)
     starts = document_starts(torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]], device=DEVICE))
-    x[:, :4] = torch.inf
-    assert conv1d.forward(x, weight, None, starts, None, True)[:, 4:].isfinite().all()
+    x[:, 4:6] = torch.inf
+    assert conv1d.forward(x, weight, None, starts, None, True)[:, 6:].isfinite().all()
     assert torch.equal(conv1d.final_state(x, starts, None, 3)[0, :, 0].cpu(), torch.tensor([0.0, 1.0, 1.0]))
-    dy = torch.ones_like(x)
-    dy[:, 4:] = torch.inf
-    assert conv1d.backward(dy, torch.ones_like(x), weight, None, starts, None, True).x[:, :4].isfinite().all()
+    dx = conv1d.backward(torch.ones_like(x), x, weight, None, starts, None, True).x
+    assert dx[:, :4].isfinite().all()
+    assert dx[:, 6:].isfinite().all()
+    dx = conv1d.backward(x, torch.ones_like(x), weight, None, starts, None, True).x
+    assert dx[:, :4].isfinite().all(), "a gradient of infinity passed the border"
 
 
 @pytest.mark.usefixtures("short_spans")
 def test_two_runs_are_equal_bit_by_bit(results_and_gradients):
-    inputs = conv_inputs(L=17, dtype=torch.bfloat16, documents=True)
+    inputs = conv_inputs(B=1, L=15, dtype=torch.bfloat16, documents=True)
     first, second = (results_and_gradients(with_triton(), inputs) for _ in range(2))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), f"{name} differs between two runs"
@@ -145,7 +147,7 @@ def test_two_runs_are_equal_bit_by_bit(results_and_gradients):
 
 @pytest.mark.parametrize("full", [False, True], ids=["x and weight", "everything"])
 def test_the_operators_are_what_they_say_to_torch(full):
-    inputs = {k: v.to(DEVICE) for k, v in conv_inputs(L=5, documents=True).items()}
+    inputs = {k: v.to(DEVICE) for k, v in conv_inputs(B=1, L=2, documents=True).items()}
     floating = [inputs[name].requires_grad_() for name in ("x", "weight", "bias", "initial_state")]
     x, weight, bias, initial = floating if full else [*floating[:2], None, None]
     starts = document_starts(inputs["document_ids"]) if full else None
@@ -156,7 +158,7 @@ def test_the_operators_are_what_they_say_to_torch(full):
 
 
 def test_a_compiled_graph_has_no_breaks_and_the_same_gradients(assert_same, results_and_gradients):
-    inputs = conv_inputs(L=6, documents=True)
+    inputs = conv_inputs(B=1, L=5, documents=True)
     compiled = torch.compile(with_triton(), fullgraph=True, backend="aot_eager")
     assert_same(results_and_gradients(compiled, inputs), results_and_gradients(with_triton(), inputs), 0.0)
 

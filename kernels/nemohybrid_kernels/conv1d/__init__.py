@@ -59,7 +59,8 @@ def causal_conv1d(
 
     x [B, L, C], channels last, any L >= 1; weight [C, K], any K >= 1; bias [C]; activation "silu" or None; document_ids
     [B, L], a document starts wherever the id differs from the one before; initial_state [B, K-1, C], the inputs before
-    the row, which belong to its first document.
+    the row, which belong to its first document. backend "triton", "causal_conv1d" (of the package of that name), "torch",
+    or "auto", the first of them that can run.
 
     Returns y like x, and the inputs that a next call needs as its initial_state to go on with the last document,
     [B, K-1, C]: zeros stand for what lies outside it. Differentiable in every floating input. Deterministic.

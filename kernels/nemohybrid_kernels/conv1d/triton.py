@@ -63,7 +63,7 @@ def forward(
     x = _unit_stride(x)
     y = x.new_empty(B, L, C) if y is None else y
     config = _config("conv1d_forward", x, K)
-    cut = _cut(x, K, config, FORWARD_PROGRAMS, behind=0)
+    cut = _cut(x, config, FORWARD_PROGRAMS)
     launch(
         triton_kernels.conv1d_forward,
         (B * cut["spans"] * cut["strips"],),
@@ -102,7 +102,7 @@ def backward(
         None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     )
     config = _config("conv1d_backward", x, K)
-    cut = _cut(x, K, config, BACKWARD_PROGRAMS, behind=K - 1)
+    cut = _cut(x, config, BACKWARD_PROGRAMS)
     shares = x.new_empty(B * cut["spans"], K + 1, C, dtype=torch.float32)
     launch(
         triton_kernels.conv1d_backward,
@@ -145,15 +145,11 @@ def _config(kernel: str, x: Tensor, K: int) -> Config:
     return config_for(kernel, x.device, K=K, dtype=dtype_fact(x))
 
 
-def _cut(x: Tensor, K: int, config: Config, programs: int, behind: int) -> dict[str, int]:
-    """How the tokens of a row are cut into spans, and channels into strips, to give about as many `programs`.
-
-    With the tokens behind it that it walks over too, a span is a whole number of steps.
-    """
+def _cut(x: Tensor, config: Config, programs: int) -> dict[str, int]:
+    """How tokens are cut into spans, of whole steps, and channels into strips, to give about as many `programs`."""
     (B, L, C), step = x.shape, config.tiles["UNROLL"]
     strips = -(-C // config.tiles["BLOCK_C"])
-    span = max(SHORTEST_SPAN, B * L * strips // programs) + behind
-    span = -(-span // step) * step - behind
+    span = -(-max(SHORTEST_SPAN, B * L * strips // programs) // step) * step
     return {"span": span, "spans": -(-L // span), "strips": strips}
 
 
