@@ -72,6 +72,7 @@ class CausalConv(nn.Module):
 
     def __init__(self, widths: dict[str, int], kernel: int, bias: bool, context: ParallelContext) -> None:
         super().__init__()
+        self.backend = "auto"
         cut: dict[str, Any] = {"shard": Shard(axis=0), "context": context}
         init = uniform(kernel**-0.5)
         self.weight = parameter(*(Piece(n, (w, kernel), init) for n, w in widths.items()), **cut)
@@ -79,7 +80,7 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, L, C], its document ids and the inputs before it -> the same shape, and the last inputs."""
-        return causal_conv1d(x, self.weight, self.bias, document_ids=ids, initial_state=past)
+        return causal_conv1d(x, self.weight, self.bias, document_ids=ids, initial_state=past, backend=self.backend)
 
 
 @mixer("M", "Mamba-2")
@@ -99,7 +100,7 @@ class Mamba2(Mixer):
         inner, shared = heads * head_dim, config.mamba_num_groups * config.ssm_state_size
         ranks = context.tensor.size
         self.heads, self.groups, self.inner = heads // ranks, config.mamba_num_groups // ranks, inner // ranks
-        self.chunk_size = config.chunk_size
+        self.chunk_size, self.backend = config.chunk_size, "auto"
         self.dt_limit = None if config.dt_limit is None else tuple(config.dt_limit)
         convolved = {"x": inner, "B": shared, "C": shared}
         per_head: dict[str, Any] = {"shard": Shard(axis=0), "context": context}
@@ -180,5 +181,6 @@ class Mamba2(Mixer):
             document_ids=ids,
             initial_state=past,
             chunk_size=self.chunk_size,
+            backend=self.backend,
         )
         return y.flatten(2), state

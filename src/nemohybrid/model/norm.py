@@ -14,11 +14,12 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, epsilon: float, partial: Partial = "tokens") -> None:
         super().__init__()
         self.epsilon = epsilon
+        self.backend = "auto"
         self.weight = parameter(Piece("", (width,), constant(1.0)), partial=partial)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape."""
-        return rms_norm(x, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon, backend=self.backend)
 
 
 def optional_norm(wanted: bool, width: int, epsilon: float, partial: Partial = "tokens") -> RMSNorm | None:
@@ -40,8 +41,9 @@ class GatedRMSNorm(nn.Module):
     def __init__(self, width: int, groups: int, epsilon: float, context: ParallelContext | None = None) -> None:
         super().__init__()
         self.epsilon, self.group_size = epsilon, width // groups
+        self.backend = "auto"
         self.weight = parameter(Piece("", (width,), constant(1.0)), shard=Shard(axis=0), context=context)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x, z [..., width] -> the same shape."""
-        return gated_rms_norm(x, z, self.weight, group_size=self.group_size, eps=self.epsilon)
+        return gated_rms_norm(x, z, self.weight, group_size=self.group_size, eps=self.epsilon, backend=self.backend)
