@@ -18,15 +18,20 @@ def backends(dtype: torch.dtype, P: int = 64, N: int = 128) -> dict[str, Backend
     """Implementations for inputs of `dtype`, head dimension P and state N, the fastest first."""
 
     def obstacle(device: torch.device) -> str | None:
-        if P > WIDEST_HEAD or N > WIDEST_STATE:
-            return f"the Triton kernels take heads up to {WIDEST_HEAD} and states up to {WIDEST_STATE}, not {P} and {N}"
-        return launching.obstacle(device, dtype)
+        return width_obstacle(P, N) or launching.obstacle(device, dtype)
 
     return {
         "triton": Backend(_triton, obstacle, launching.reluctance),
         "mamba_ssm": Backend(_mamba_ssm, _mamba_ssm_obstacle),
         "torch": Backend(ssd_chunked),
     }
+
+
+def width_obstacle(P: int, N: int) -> str | None:
+    """Why the Triton kernels cannot scan heads of P with a state of N, or None."""
+    if P <= WIDEST_HEAD and N <= WIDEST_STATE:
+        return None
+    return f"the Triton kernels take heads up to {WIDEST_HEAD} and states up to {WIDEST_STATE}, not {P} and {N}"
 
 
 def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -42,6 +47,8 @@ def _mamba_ssm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _mamba_ssm_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it needs a CUDA device"
     from nemohybrid_kernels.ssd import mamba_ssm
 
     return mamba_ssm.obstacle(device)

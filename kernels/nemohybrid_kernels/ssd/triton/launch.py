@@ -139,9 +139,9 @@ def backward(call: Call, dy: Tensor, d_final: Tensor | None, into: Into | None =
 def decays_of(call: Call) -> Decays:
     """The time steps, and all factors that follow from them."""
     config = call.config("ssd_decays")
-    decays = Decays(
-        *(call.vectors() for _ in range(4)), call.x.new_empty(call.batch, call.H, call.chunks, dtype=torch.float32)
-    )
+    dt, decay, enter, leave = (call.vectors() for _ in range(4))
+    of_chunk = call.x.new_empty(call.batch, call.H, call.chunks, dtype=torch.float32)
+    decays = Decays(dt, decay, enter, leave, of_chunk)
     launch(
         decay_kernels.ssd_decays,
         (call.batch * call.chunks, -(-call.H // config.tiles["HEADS"])),
