@@ -16,7 +16,7 @@ def backends(dtype: torch.dtype) -> dict[str, Backend]:
     """Implementations for inputs of `dtype`, the fastest first."""
     return {
         "triton": Backend(_triton, lambda device: launching.obstacle(device, dtype), launching.reluctance),
-        "causal_conv1d": Backend(_package, _package_obstacle),
+        "causal_conv1d": Backend(_package, lambda device: _package_obstacle(device, dtype)),
         "torch": Backend(causal_conv1d_torch),
     }
 
@@ -31,8 +31,8 @@ def _package(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return _adapter().run(*args, **kwargs)
 
 
-def _package_obstacle(device: torch.device) -> str | None:
-    return "it needs a CUDA device" if device.type != "cuda" else _adapter().obstacle(device)
+def _package_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "it needs a CUDA device" if device.type != "cuda" else _adapter().obstacle(device, dtype)
 
 
 def _adapter() -> Any:
