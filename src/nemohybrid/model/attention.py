@@ -1,7 +1,6 @@
 """`*`: grouped-query causal attention."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nemohybrid.config.model import ModelConfig
@@ -11,6 +10,7 @@ from nemohybrid.model.norm import normed, optional_norm
 from nemohybrid.model.rope import rotate
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid_kernels.attention import Documents, attention
 
 # B batch, L length, S past + length, T tokens = B*L, D hidden, H query heads, K key/value heads, P head dim
 
@@ -59,7 +59,7 @@ class Attention(Mixer):
         heads, groups = config.num_attention_heads or 0, config.num_query_groups or 0
         self.head_dim = config.head_dim or 0
         self.rope_theta = config.attention.rope_theta if config.attention.position_embedding == "rope" else None
-        self.softcap = config.attention.softcap
+        self.softcap, self.backend = config.attention.softcap, "auto"
         qk_norm, epsilon = config.attention.qk_norm, config.norm_epsilon
         self.q_norm, self.k_norm = (optional_norm(qk_norm, self.head_dim, epsilon, "always") for _ in "qk")
         self.v_norm = optional_norm(config.attention.v_norm, self.head_dim, epsilon, "always")
@@ -92,36 +92,21 @@ class Attention(Mixer):
         if self.rope_theta is not None:
             positions = seq.positions(x.device)
             q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
-        mask = seq.attention_mask(x.device)
-        if seq.cache is not None:
+        documents = mask = None
+        if seq.cache is None:
+            documents = seq.documents(x.device)
+        else:
+            mask = seq.attention_mask(x.device)
             k, v = seq.cache.states.setdefault(self, KeyValueCache()).append(k, v)
-        out = self._attend(q, k, v, mask)
+        out = self._attend(q, k, v, mask, documents)
         return seq.leave(self.out_proj(out.transpose(1, 2).reshape(seq.tokens, -1)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softcap is not None:
-            return capped_attention(q, k, v, mask, self.softcap)
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups < self.heads
-        )
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None = None
+    ) -> Tensor:
+        return attention(q, k, v, documents=documents, mask=mask, softcap=self.softcap, backend=self.backend)
 
     def _split_heads(self, qkv: Tensor, seq: SequenceContext) -> tuple[Tensor, ...]:
         """[T, q+k+v] -> q [B, H, L, P], k and v [B, K, L, P]."""
         parts = torch.split(qkv.view(seq.batch, seq.length, -1), self.qkv.widths, dim=-1)
         return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
-
-
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float) -> Tensor:
-    """softmax(cap * tanh(scores / cap)) v (arXiv 2410.16682; Gemma 2): no score can grow beyond the cap.
-
-    q [B, H, L, P]; k, v [B, K, S, P]; mask [B or 1, 1, L, S], True where a token may look; None: causal, L = S. Returns
-    [B, H, L, P] in q's dtype. Fused attention knows no cap: scores [B, H, L, S] and softmax are made, and kept, in fp32.
-    """
-    groups, length, past_and_now = k.shape[1], q.shape[2], k.shape[2]
-    maths = torch.promote_types(q.dtype, torch.float32)
-    rows = q.unflatten(1, (groups, -1)).flatten(2, 3)  # the heads of a group side by side: keys are not repeated
-    scores = rows.to(maths) @ k.to(maths).transpose(-1, -2) * q.shape[-1] ** -0.5
-    scores = (cap * torch.tanh(scores / cap)).view(*q.shape[:2], length, past_and_now)
-    causal = torch.ones(length, past_and_now, dtype=torch.bool, device=q.device).tril_() if mask is None else mask
-    weights = scores.masked_fill(~causal, -torch.inf).softmax(-1).to(v.dtype)
-    return (weights.view(*rows.shape[:3], past_and_now) @ v).view(q.shape)

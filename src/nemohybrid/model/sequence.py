@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nemohybrid.errors import ConfigError, DataError
 from nemohybrid.parallel.tensor import TensorRanks
+from nemohybrid_kernels.attention import Documents
 
 
 @dataclass
@@ -66,6 +67,7 @@ class SequenceContext:
     share: float | None = None
     ranks: TensorRanks = field(default_factory=TensorRanks)
     _masks: dict[torch.device, Tensor | None] = field(default_factory=dict, repr=False)
+    _documents: dict[torch.device, Documents] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Raises DataError when the document ids are not [batch, length]."""
@@ -131,6 +133,14 @@ class SequenceContext:
         if past_ids is None or self.document_ids is None:
             return None
         return past_ids[:, -1] == self.document_ids[:, 0]
+
+    def documents(self, device: torch.device) -> Documents | None:
+        """The documents of these tokens, as attention without a cache wants to know them; None: one a row."""
+        if self.document_ids is None:
+            return None
+        if device not in self._documents:
+            self._documents[device] = Documents(self.document_ids.to(device))
+        return self._documents[device]
 
     def attention_mask(self, device: torch.device) -> Tensor | None:
         """[batch or 1, 1, length, past + length], True where a token may look; None: plainly causal without a past."""
