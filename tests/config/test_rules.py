@@ -47,6 +47,16 @@ CASES = {
         ["model=tiny_moe", "model.moe_top_k=1", "model.router.normalize=false"],
     ),
     "router_groups": ([E, "model.router.groups=8"], ["model.router.groups=1, 2, 4"], [E, "model.router.groups=4"]),
+    "backend_of_capped_scores": (
+        ["model.attention.softcap=30", "kernels.attention_backend=sdpa"],
+        ["attention_backend=sdpa: cannot train with model.attention.softcap=30", "auto, flash3, flash2, flex, torch"],
+        ["model.attention.softcap=30", "kernels.attention_backend=flex"],
+    ),
+    "parts_of_the_fused_mixer": (
+        ["kernels.mixer_backend=triton", "kernels.ssd_backend=torch", "model.mamba_x_norm=true"],
+        ["ssd_backend=torch and model.mamba_x_norm=true part it", "kernels.mixer_backend=auto, separate"],
+        ["kernels.mixer_backend=triton", "kernels.ssd_backend=triton"],
+    ),
     "data_is_a_number": (["parallel.data=many"], ["auto or a number"], ["parallel.data=1"]),
     "ranks_make_the_world": (["parallel.data=2"], ["start 2 processes"], ["parallel.data=1"]),
     "layouts_of_this_version": (

@@ -13,6 +13,7 @@ from nemohybrid.config.environment import (
     PrecisionSection,
     SampleSection,
 )
+from nemohybrid.config.kernels import KernelsSection
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.config.section import Section, option
 from nemohybrid.config.training import OptimSection, RunSection, ScheduleSection, TrainSection
@@ -36,6 +37,7 @@ class RunConfig(Section):
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
+    kernels: KernelsSection = field(default_factory=KernelsSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     sample: SampleSection = field(default_factory=SampleSection)
