@@ -17,7 +17,10 @@ from nemohybrid.model.norm import GatedRMSNorm, normed, optional_norm
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import Piece, Shard, parameter
+from nemohybrid_kernels.backend import decide
 from nemohybrid_kernels.conv1d import causal_conv1d
+from nemohybrid_kernels.mixer import backends as mixer_backends
+from nemohybrid_kernels.mixer import mamba2_mixer
 from nemohybrid_kernels.ssd import ssd_scan
 
 # B batch, L length, T tokens = B*L, D hidden, H heads, P head dim, I inner = H*P, G groups, N state, C conv channels
@@ -101,7 +104,11 @@ class Mamba2(Mixer):
         ranks = context.tensor.size
         self.heads, self.groups, self.inner = heads // ranks, config.mamba_num_groups // ranks, inner // ranks
         self.chunk_size, self.backend = config.chunk_size, "auto"
-        self.dt_limit = None if config.dt_limit is None else tuple(config.dt_limit)
+        self.mixer_backend = (
+            "auto"  # "triton": all between the projections in one operator; "separate": one after another
+        )
+        self.state = config.ssm_state_size
+        self.dt_limit = None if config.dt_limit is None else (config.dt_limit[0], config.dt_limit[1])
         convolved = {"x": inner, "B": shared, "C": shared}
         per_head: dict[str, Any] = {"shard": Shard(axis=0), "context": context}
         dt_init = inverse_softplus_dt(config.dt_min, config.dt_max, config.dt_init_floor)
@@ -119,7 +126,7 @@ class Mamba2(Mixer):
         self.A_log = parameter(Piece("", (heads,), log_uniform_A()), **per_head)
         self.D = parameter(Piece("", (heads,), constant(1.0)), **per_head)
         self.dt_bias = parameter(Piece("", (heads,), dt_init), **per_head)
-        state, epsilon = config.ssm_state_size, config.norm_epsilon
+        state, epsilon = self.state, config.norm_epsilon
         self.B_norm, self.C_norm = (optional_norm(config.mamba_bc_norm, state, epsilon, "always") for _ in "BC")
         self.x_norm = optional_norm(config.mamba_x_norm, head_dim, epsilon, "always")
         self.norm = GatedRMSNorm(inner, config.mamba_num_groups, config.norm_epsilon, context)
@@ -136,6 +143,8 @@ class Mamba2(Mixer):
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D] -> [T, D]."""
         zxbcdt = self.in_proj(seq.enter(x)).view(seq.batch, seq.length, -1)
+        if seq.cache is None and self.is_fused(zxbcdt):
+            return seq.leave(self.out_proj(self._all_at_once(zxbcdt, seq.document_ids).reshape(seq.tokens, -1)))
         z, xbc, dt = zxbcdt.split([self.inner, sum(self.in_proj.widths[1:4]), self.heads], dim=-1)
         call = Call(xbc, dt, seq.document_ids, self._past(seq), seq.goes_on())
         y, state = self._recur(call)
@@ -144,6 +153,37 @@ class Mamba2(Mixer):
             if seq.cache.rewindable:
                 state.fed, state.after = seq.length, partial(self._state_after, call)
         return seq.leave(self.out_proj(self.norm(y, z).reshape(seq.tokens, -1)))
+
+    def is_fused(self, like: Tensor) -> bool:
+        """Whether rows of `like`'s type and device go through one operator: where it is fast, and no part is asked for
+        otherwise. It knows no norms of x, B and C, and no state to go on from."""
+        parts = {self.backend, self.conv.backend, self.norm.backend}
+        extras = self.x_norm or self.B_norm or self.C_norm
+        if self.mixer_backend == "separate" or extras is not None or not parts <= {"auto", "triton"}:
+            return False
+        backends = mixer_backends(like.dtype, self.inner // self.heads, self.state)
+        return decide("mamba2_mixer", self.mixer_backend, backends, like.device).backend == "triton"
+
+    def _all_at_once(self, zxbcdt: Tensor, ids: Tensor | None) -> Tensor:
+        """zxbcdt [B, L, ...] -> y [B, L, I], normed."""
+        return mamba2_mixer(
+            zxbcdt,
+            self.conv.weight,
+            self.conv.bias,
+            self.dt_bias,
+            -torch.exp(self.A_log.float()),
+            self.D.float(),
+            self.norm.weight,
+            heads=self.heads,
+            groups=self.groups,
+            state=self.state,
+            group_size=self.norm.group_size,
+            eps=self.norm.epsilon,
+            document_ids=ids,
+            dt_limit=self.dt_limit,
+            chunk_size=self.chunk_size,
+            backend="triton",
+        )
 
     def _past(self, seq: SequenceContext) -> MambaState | None:
         """What the cache remembers, without its `after`: a chain of them would hold on to all that was ever fed."""
