@@ -28,15 +28,15 @@ def obstacle(case: Case, device: torch.device) -> str | None:
 
 def cudnn_obstacle(case: Case, device: torch.device) -> str | None:
     """Why cuDNN alone cannot do `case` on `device`, or None."""
+    if case.capped:
+        return obstacle(case, device)
     if device.type != "cuda":
         return "it needs a CUDA device"
     if case.dtype not in HALVES:
         return f"cuDNN attention takes bfloat16 and float16, not {case.type_name}"
     if case.head_dim % 8 or case.head_dim > 128:
         return f"cuDNN attention takes heads of up to 128 channels, in eights, not of {case.head_dim}"
-    if not torch.backends.cudnn.is_available():
-        return "this torch has no cuDNN"
-    return obstacle(case, device)
+    return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
 
 
 def run(

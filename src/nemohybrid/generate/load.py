@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from nemohybrid.checkpoint.load import load_checkpoint, newest_complete
+from nemohybrid.config.kernels import KernelsSection
 from nemohybrid.config.yaml import read_config_yaml
 from nemohybrid.data.tokenizer import Tokenizer, load_tokenizer
 from nemohybrid.errors import CheckpointError
-from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.hybrid import DTYPES, HybridModel
 from nemohybrid.model.init import allocate
+from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import logical_parameters
 
@@ -42,6 +44,7 @@ def load_for_inference(
     with torch.device("meta"):
         model = HybridModel(config, ParallelContext.single(device))
     allocate(model, device)
+    bind_kernels(model, KernelsSection(), torch.device(device), DTYPES[config.dtype], packed=False)
     model.eval().requires_grad_(False)
     tensors = logical_parameters(model) | dict(model.named_buffers())
     load_checkpoint(

@@ -26,6 +26,7 @@ from nemohybrid.parallel.data import Unit
 from nemohybrid.parallel.layout import attach, layout_of
 from nemohybrid.parallel.tensor import TensorRanks
 from nemohybrid.symbols import parse_pattern
+from nemohybrid_kernels.backend import Choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Name in the configuration -> compute dtype."""
@@ -73,6 +74,7 @@ class HybridModel(nn.Module):
         self.config = config
         self.dtype = DTYPES[config.dtype]
         self.recompute, self.schedule = False, "1f1b"
+        self.kernels: list[Choice] = []  # which backend runs each operator, once that is decided
         self.repeats, self.before_repeat = 0, list[Callable[[], None]]()
         self.context, self.stages = context, tuple(stages or all_of(config))
         first, last = self.stages[0].is_first, self.stages[-1].is_last

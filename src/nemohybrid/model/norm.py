@@ -13,7 +13,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, epsilon: float, partial: Partial = "tokens") -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.width, self.epsilon = width, epsilon
         self.backend = "auto"
         self.weight = parameter(Piece("", (width,), constant(1.0)), partial=partial)
 

@@ -5,6 +5,7 @@ import torch
 from nemohybrid.config.ranks import data_mode, schedule
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import DTYPES, HybridModel
+from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.model.stage import of_rank
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.data import DataRanks, Replicated, Sharded
@@ -32,6 +33,8 @@ def build_model(config: RunConfig, context: ParallelContext) -> tuple[HybridMode
         )
         model.materialize(context.device, config.run.seed)
     bind(model.modules(), config.precision.recipe)
+    packed, dtype = config.data.reset_documents, DTYPES[config.model.dtype]
+    model.kernels = bind_kernels(model, config.kernels, context.device, dtype, packed)
     model.recompute = config.train.recompute == "layer"
     model.schedule = schedule(config.parallel, stages[0].count)
     return model, shared

@@ -49,7 +49,7 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
             say(context, *notes, _introduction(config, context), *shown_cut(config, context))
             say(context, *warnings, *_for_benchmarks_only(config))
             trainer = Trainer(config, context, standard(config, context.is_main))
-            say(context, *_describe_data(trainer), *trainer.resume())
+            say(context, *map(str, trainer.model.kernels), *_describe_data(trainer), *trainer.resume())
             if not trainer.is_complete:
                 _train(trainer, folder, signals)
     return trainer

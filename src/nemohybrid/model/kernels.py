@@ -1,0 +1,118 @@
+"""Which backend runs each operator of a model: decided once, before the first step, with a reason for the log."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemohybrid.config.kernels import KernelsSection
+from nemohybrid.errors import ConfigError
+from nemohybrid.model.attention import Attention
+from nemohybrid.model.embedding import VocabularyMatrix
+from nemohybrid.model.mamba2 import CausalConv, Mamba2
+from nemohybrid.model.moe.layer import Experts
+from nemohybrid.model.norm import GatedRMSNorm, RMSNorm
+from nemohybrid_kernels import attention, conv1d, cross_entropy, mixer, moe, norm, ssd
+from nemohybrid_kernels.backend import Backend, Choice, decide
+from nemohybrid_kernels.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How the operators will be called: in what type, where, and whether rows hold several documents."""
+
+    dtype: torch.dtype
+    device: torch.device
+    packed: bool
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a module leaves open: an operator, the key that chooses, and what there is to choose from."""
+
+    operator: str
+    key: str
+    backends: Mapping[str, Backend]
+
+
+def bind_kernels(
+    model: nn.Module, section: KernelsSection, device: torch.device, dtype: torch.dtype, packed: bool
+) -> list[Choice]:
+    """Set `backend` of every module that calls an operator. Returns the choices, each once, for the log.
+
+    dtype: what the model computes in; packed: whether its rows hold several documents. Raises ConfigError where what is
+    asked for cannot run here, saying what to install.
+    """
+    calls, choices = Calls(dtype, device, packed), dict[str, Choice]()
+    for module in model.modules():
+        if (slot := slot_of(module, calls)) is not None:
+            choice = _decided(slot, getattr(section, slot.key), device)
+            module.backend = choice.backend  # pyright: ignore[reportArgumentType]
+            choices.setdefault(str(choice), choice)
+    for module in model.modules():  # now that its parts are decided
+        if isinstance(module, Mamba2):
+            choice = _bind_mixer(module, section, calls)
+            choices.setdefault(str(choice), choice)
+    return sorted(choices.values(), key=lambda choice: choice.operator)
+
+
+def slot_of(module: nn.Module, calls: Calls) -> Slot | None:
+    """What this module leaves open; None where it calls no operator that has backends."""
+    if not hasattr(module, "backend"):
+        return None
+    return next(iter(_slots(module, calls)), None)
+
+
+def _slots(module: nn.Module, calls: Calls) -> Iterator[Slot]:
+    match module:
+        case Mamba2():
+            yield Slot("ssd_scan", "ssd_backend", ssd.backends(calls.dtype, *_scan_sizes(module)))
+        case CausalConv():
+            yield Slot("causal_conv1d", "conv1d_backend", conv1d.backends(calls.dtype))
+        case RMSNorm():
+            yield Slot("rms_norm", "norm_backend", norm.backends(calls.dtype, module.width))
+        case GatedRMSNorm():
+            yield Slot("gated_rms_norm", "norm_backend", norm.gated_backends(calls.dtype, module.group_size))
+        case Attention():
+            case_ = attention.Case(calls.dtype, module.head_dim, calls.packed, capped=module.softcap is not None)
+            yield Slot("attention", "attention_backend", attention.backends(case_))
+        case Experts():
+            yield Slot("expert_mlp", "moe_backend", _exported(moe, calls.dtype))
+        case VocabularyMatrix():
+            yield Slot("cross_entropy", "cross_entropy_backend", _exported(cross_entropy, calls.dtype))
+
+
+def _exported(operator: Any, dtype: torch.dtype) -> Mapping[str, Backend]:
+    """What the operator offers to be decided here; nothing where it decides in every call."""
+    return operator.backends(dtype) if hasattr(operator, "backends") else {}
+
+
+def _scan_sizes(layer: Mamba2) -> tuple[int, int]:
+    """Head dimension and state."""
+    return layer.inner // layer.heads, layer.in_proj.widths[2] // layer.groups
+
+
+def _decided(slot: Slot, wanted: str, device: torch.device) -> Choice:
+    if not slot.backends:
+        return Choice(slot.operator, wanted, decide, "decided in every call")
+    try:
+        return decide(slot.operator, wanted, slot.backends, device)
+    except BackendError as error:
+        raise ConfigError(f"kernels.{slot.key}={wanted}: {error}") from error
+
+
+def _bind_mixer(layer: Mamba2, section: KernelsSection, calls: Calls) -> Choice:
+    """The layer itself says whether all its parts may be one operator."""
+    layer.mixer_backend = wanted = section.mixer_backend
+    backends = mixer.backends(calls.dtype, *_scan_sizes(layer))
+    if wanted == "separate":
+        return Choice("mamba2_mixer", wanted, layer.forward, "asked for")
+    possible = _decided(Slot("mamba2_mixer", "mixer_backend", backends), wanted, calls.device)
+    if layer.is_fused(torch.empty(0, dtype=calls.dtype, device=calls.device)):
+        return possible
+    reason = (
+        "auto; not triton: a part of it is another's, or has a norm" if possible.backend == "triton" else possible.why
+    )
+    return Choice("mamba2_mixer", "separate", layer.forward, reason)

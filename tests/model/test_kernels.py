@@ -1,0 +1,113 @@
+"""The backend of every operator is decided before the first step, said once, and refused at once where it cannot run."""
+
+import pytest
+import torch
+
+from nemohybrid.config.compose import load_config
+from nemohybrid.config.kernels import KernelsSection
+from nemohybrid.errors import ConfigError
+from nemohybrid.model.kernels import bind_kernels
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.train.build import build_model
+from nemohybrid_kernels import attention, conv1d, mixer, norm, packages, ssd
+from nemohybrid_kernels.attention import Case
+from nemohybrid_kernels.names import BACKENDS, WITHOUT_SOFTCAP
+
+CPU = torch.device("cpu")
+TORCH = {"mixer_backend": "separate"} | {
+    f"{name}_backend": "torch" for name in ("ssd", "conv1d", "attention", "norm", "moe")
+}
+
+
+def bound(model, packed=True, **choices: str) -> list[str]:
+    return [str(choice) for choice in bind_kernels(model, KernelsSection(**choices), CPU, torch.float32, packed)]
+
+
+def backends_of(model) -> set[str]:
+    return {module.backend for module in model.modules() if hasattr(module, "backend")}
+
+
+def test_the_names_in_the_configuration_are_those_of_the_operators():
+    fp32, possible = torch.float32, {name: {*names} for name, names in BACKENDS.items()}
+    assert {*ssd.backends(fp32)} == possible["ssd"]
+    assert {*conv1d.backends(fp32)} == possible["conv1d"]
+    assert {*norm.backends(fp32)} == {*norm.gated_backends(fp32)} == possible["norm"]
+    assert {*attention.backends(Case(fp32))} == possible["attention"]
+    assert {*mixer.backends(fp32)} - {"torch"} == possible["mixer"] - {"separate"}
+
+
+def test_the_rule_about_caps_names_the_backends_that_have_none():
+    capped, plain = (attention.backends(Case(torch.bfloat16, capped=capped)) for capped in (True, False))
+    reasons = {name: (capped[name].obstacle(CPU), plain[name].obstacle(CPU)) for name in capped}
+    assert {name for name, (with_cap, _) in reasons.items() if "softcap" in (with_cap or "")} == {*WITHOUT_SOFTCAP}
+
+
+def test_on_a_cpu_everything_is_pytorch_and_every_operator_is_named_once(tiny_model):
+    model = tiny_model("MM*-E*")
+    lines = bound(model)
+    assert [line.partition(":")[0] for line in lines] == [
+        "attention",
+        "causal_conv1d",
+        "expert_mlp",
+        "gated_rms_norm",
+        "mamba2_mixer",
+        "rms_norm",
+        "ssd_scan",
+    ]
+    assert "attention: sdpa (auto)" in lines
+    assert any(line.startswith("ssd_scan: torch (auto; not triton: the interpreter is for tests") for line in lines)
+    assert any(line.startswith("mamba2_mixer: separate (auto; not triton:") for line in lines)
+
+
+def test_what_is_asked_for_is_what_runs(tiny_model):
+    model = tiny_model("M*-E")
+    lines = bound(model, **TORCH)
+    assert backends_of(model) == {"torch"}
+    assert "ssd_scan: torch (asked for)" in lines
+    assert "mamba2_mixer: separate (asked for)" in lines
+
+
+def test_a_model_of_plain_pytorch_computes_the_same(tiny_model, token_rows, gradients, assert_close_to_scale):
+    ids, model = token_rows(2, 13), tiny_model("M*-E")
+    want = gradients(model, model(ids))
+    bound(model, **TORCH)
+    assert_close_to_scale(gradients(model, model(ids)), want, 1e-5)
+
+
+EXTRA = r"pip install 'nemohybrid\[mamba\]'"
+
+
+@pytest.mark.parametrize(
+    "choice, words",
+    [
+        ({"ssd_backend": "mamba_ssm"}, f"kernels.ssd_backend=mamba_ssm: .*mamba_ssm is not installed; {EXTRA}"),
+        ({"conv1d_backend": "causal_conv1d"}, f"kernels.conv1d_backend=causal_conv1d: .*not installed; {EXTRA}"),
+        ({"attention_backend": "flash2"}, r"flash_attn is not installed; pip install 'nemohybrid\[flash\]'"),
+        ({"attention_backend": "flash3"}, "flash_attn_interface is not installed; build it"),
+        ({"attention_backend": "flash4"}, "flash_attn is not installed; pip install --pre flash-attn-4"),
+    ],
+    ids=str,
+)
+def test_what_is_not_installed_is_refused_before_the_first_step(tiny_model, monkeypatch, choice, words):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    packages.forget()
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=words):
+        bind_kernels(
+            tiny_model("M*", head_dim=16), KernelsSection(**choice), torch.device("cuda"), torch.bfloat16, True
+        )
+    packages.forget()
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flex", "cudnn"])
+def test_what_needs_a_gpu_is_refused_on_a_cpu(tiny_model, backend):
+    with pytest.raises(ConfigError, match=f"kernels.attention_backend={backend}: .*CUDA device"):
+        bind_kernels(tiny_model("*", head_dim=16), KernelsSection(attention_backend=backend), CPU, torch.bfloat16, True)
+
+
+def test_a_run_is_built_with_the_backends_it_asks_for():
+    asked = [f"kernels.{key}={value}" for key, value in TORCH.items()]
+    config = load_config(["data=shakespeare", 'model.pattern="M*-"', "model.head_dim=16", *asked])
+    model, _ = build_model(config, ParallelContext.single(CPU))
+    assert backends_of(model) == {"torch"}
+    assert "attention: torch (asked for)" in map(str, model.kernels)
