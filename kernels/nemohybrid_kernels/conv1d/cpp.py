@@ -1,0 +1,93 @@
+"""The short causal convolution with its SiLU in C++, one pass each way. Twin of `reference.causal_conv1d_torch`.
+
+Before the activation p_t = bias + sum_k w_k x_{t-(K-1)+k}; on the way back dp = dy silu'(p), dx_s = sum_k w_k dp_{s+(K-1)-k},
+dw_k = sum_t dp_t x_{t-(K-1)+k}, over the pairs of one document.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemohybrid_kernels.cpp import call, threads
+from nemohybrid_kernels.documents import document_starts
+
+
+def causal_conv1d_cpp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    document_ids: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in `nemohybrid_kernels.conv1d.causal_conv1d`, for bf16 and fp32 on a CPU."""
+    starts = None if document_ids is None else document_starts(document_ids)
+    history = None if initial_state is None else initial_state.to(x.dtype)
+    y = _Conv.apply(x, weight, bias, history, starts, activation == "silu")
+    return y, _last_inputs(x, weight.shape[1] - 1, history, starts)  # pyright: ignore[reportReturnType]
+
+
+def _last_inputs(x: Tensor, taps: int, history: Tensor | None, starts: Tensor | None) -> Tensor:
+    """The last `taps` inputs, zeros where the last document had not begun."""
+    L = x.shape[1]
+    if taps <= L:
+        last = x[:, L - taps :].clone()
+    else:
+        last = F.pad(x, (0, 0, taps - L, 0)) if history is None else torch.cat([history[:, L:], x], dim=1)
+    if starts is None:
+        return last
+    outside = torch.arange(L - taps, L, device=x.device) < starts[:, -1:]
+    return last.masked_fill(outside.unsqueeze(-1), 0.0)
+
+
+class _Conv(torch.autograd.Function):
+    """Keeps its inputs, and computes what enters the activation again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        history: Tensor | None,
+        starts: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        (B, L, C), K = x.shape, weight.shape[1]
+        x, history = _rows(x), None if history is None else history.contiguous()
+        w, b = _taps_first(weight), _bias(bias, weight)
+        y = x.new_empty(B, L, C)
+        call("conv1d_forward", x, x, *x.stride()[:2], history, starts, w, b, y, B, L, C, K, silu, threads())
+        ctx.save_for_backward(x, weight, bias, history, starts)
+        ctx.silu = silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, bias, history, starts = ctx.saved_tensors
+        (B, L, C), K, dy = x.shape, weight.shape[1], _rows(grads[0])
+        w, b = _taps_first(weight), _bias(bias, weight)
+        dx, dw, dbias = x.new_empty(B, L, C), torch.empty_like(w), torch.empty_like(b)
+        dhistory = None if history is None else torch.empty_like(history)
+        inputs = (x, *x.stride()[:2], history, starts, w, b, dy, *dy.stride()[:2])
+        call("conv1d_backward", x, *inputs, dx, dhistory, dw, dbias, B, L, C, K, ctx.silu, threads())
+        return dx, dw.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dhistory, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, L, C] with neighbouring channels."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _taps_first(weight_CK: Tensor) -> Tensor:
+    return weight_CK.detach().float().T.contiguous()
+
+
+def _bias(bias: Tensor | None, weight: Tensor) -> Tensor:
+    like = {"dtype": torch.float32, "device": weight.device}
+    return torch.zeros(len(weight), **like) if bias is None else bias.detach().float().contiguous()

@@ -1,0 +1,52 @@
+"""The norms in C++: each pass reads its inputs once. Twins of `reference`; the gradient by hand, with its formula.
+
+With g = x silu(z), n = g scale and w the weight, y = n w: dg = scale (dy w - n mean(n dy w)).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemohybrid_kernels.cpp import call, rows, threads
+
+
+def rms_norm_cpp(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `nemohybrid_kernels.norm.rms_norm`, for bf16 and fp32 on a CPU."""
+    return _Norm.apply(x, None, weight, x.shape[-1], eps)  # pyright: ignore[reportReturnType]
+
+
+def gated_rms_norm_cpp(x: Tensor, z: Tensor, weight: Tensor, *, group_size: int, eps: float) -> Tensor:
+    """As `nemohybrid_kernels.norm.gated_rms_norm`, for bf16 and fp32 on a CPU."""
+    return _Norm.apply(x, z.to(x.dtype), weight, group_size, eps)  # pyright: ignore[reportReturnType]
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps its inputs and a scale for each group, and computes g and n again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float) -> Tensor:
+        x_rows, z_rows, w = rows(x), None if z is None else rows(z), weight.float().contiguous()
+        n, D = x_rows.shape
+        y, scale = x.new_empty(x.shape), w.new_empty(n, D // max(group, 1))
+        call("norm_forward", x, *_strided(x_rows), *_strided(z_rows), w, y, scale, n, D, group, eps, threads())
+        ctx.save_for_backward(x, z, weight, scale)
+        ctx.group = group
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, z, weight, scale = ctx.saved_tensors
+        x_rows, z_rows, dy, w = rows(x), None if z is None else rows(z), rows(grads[0]), weight.float().contiguous()
+        n, D = x_rows.shape
+        dx, dw = x.new_empty(x.shape), torch.empty_like(w)
+        dz = None if z is None else z.new_empty(z.shape)
+        inputs = (*_strided(x_rows), *_strided(z_rows), w, scale, *_strided(dy))
+        call("norm_backward", x, *inputs, dx, dz, dw, n, D, ctx.group, threads())
+        return dx, dz, dw.to(weight.dtype), None, None
+
+
+def _strided(x_rows: Tensor | None) -> tuple[Tensor | None, int]:
+    return x_rows, 0 if x_rows is None else x_rows.stride(0)
