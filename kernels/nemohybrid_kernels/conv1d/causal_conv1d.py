@@ -81,4 +81,4 @@ def _last_inputs(x: Tensor, runs: Tensor | None, history: Tensor | None, taps: i
     if runs is None:
         return last.clone()
     of_run = F.pad(runs[:, -taps:], (taps, 0))[:, -taps:]  # what came before the row is of document 0
-    return last * (of_run == runs[:, -1:]).unsqueeze(-1)
+    return last.masked_fill((of_run != runs[:, -1:]).unsqueeze(-1), 0.0)
