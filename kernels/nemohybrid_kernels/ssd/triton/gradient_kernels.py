@@ -167,6 +167,7 @@ def ssd_group_gradients(
     rows, start = first + m < L, first.to(tl.int64)
     own = rows[:, None] & (n < N)[None, :]
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    C_mN = total  # for dB there is no other use of it
     if C is not None:
         C_base = C + b * C_stride_b + start * C_stride_l + g * C_stride_g
         C_mN = tl.load(C_base + m[:, None] * C_stride_l + n[None, :], mask=own, other=0.0).to(tl.float32)
