@@ -115,8 +115,8 @@ def test_no_secret_of_the_environment_reaches_a_file_or_wandb(start, wandb_runs,
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) > 8
     for file in files:
-        assert b"canary" not in file.read_bytes(), f"a secret is in {file}"
-    assert "canary" not in str(wandb_runs[0].settings) + str(wandb_runs[0].logged)
+        assert b"canary-" not in file.read_bytes(), f"a secret is in {file}"
+    assert "canary-" not in str(wandb_runs[0].settings) + str(wandb_runs[0].logged)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside tensorboard

@@ -2,6 +2,7 @@
 
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.train.callbacks.base import Callback
+from nemohybrid.train.callbacks.canary import KernelCanary
 from nemohybrid.train.callbacks.checkpoint import Checkpoint
 from nemohybrid.train.callbacks.evaluate import Evaluate
 from nemohybrid.train.callbacks.experts import ExpertMap
@@ -17,8 +18,8 @@ from nemohybrid.train.callbacks.wandb import WandB
 
 
 def standard(config: RunConfig, is_main: bool) -> list[Callback]:
-    """First what measures, then what writes (rank 0 only), then what acts on every rank."""
-    measure: list[Callback] = [Throughput(), Memory()]
+    """First what may end the run before it begins, then what measures, what writes (rank 0 only), and what acts on every rank."""
+    measure: list[Callback] = [KernelCanary(), Throughput(), Memory()]
     if config.logging.output_norms:
         measure.append(MeasureOutputNorms(config.logging.output_norms))
     return measure + (_writers(config) if is_main else []) + _actors(config)
