@@ -10,10 +10,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,13 @@ class Compilation:
         return "bf16" if "*bf16" in self.signature.values() else "fp32"
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The constexpr arguments that are numbers: tiles, and widths of the call."""
+        names = list(self.signature)
+        constants = {names[path[0]]: value for path, value in self.constants.items()}
+        return {name: value for name, value in constants.items() if name.isupper() and type(value) is int}
+
+    @cached_property
     def key(self) -> str:
         """Of the binary: the source of the kernel and of all that it calls, the specialisation, and the compiler."""
         options = [self.architecture, compiler_options(self.config), triton.__version__, FORMAT]
@@ -65,7 +71,9 @@ class Compilation:
 class Resources:
     """Of one program (`shared`) and one thread (`registers`, and spills: bytes in the code, not bytes moved).
 
-    `dots` are the products in Triton's own representation, `instructions` the tensor-core instructions in the PTX.
+    `dots` are the products in Triton's own representation, `instructions` the tensor-core instructions in the PTX. Triton
+    turns fp32 products, three of TF32 each, into wgmma or tcgen05 where tiles are large enough, and into mma.sync elsewhere:
+    for fp32 any will do.
     """
 
     registers: int
@@ -82,9 +90,9 @@ class Resources:
             found.append(f"it spills registers: {self.spill_stores} bytes stored, {self.spill_loads} loaded")
         if self.shared > SHARED_LIMIT[architecture]:
             found.append(f"it takes {self.shared} bytes of shared memory, of {SHARED_LIMIT[architecture]}")
-        wanted = INSTRUCTIONS[architecture if dtype == "bf16" else 80]
-        if self.dots and not self.instructions[wanted]:
-            found.append(f"its {self.dots} products became no {wanted}")
+        wanted = [INSTRUCTIONS[architecture]] if dtype == "bf16" else list(INSTRUCTIONS.values())
+        if self.dots and not any(self.instructions[name] for name in wanted):
+            found.append(f"its {self.dots} products became no {' or '.join(wanted)}")
         return found
 
 
@@ -127,11 +135,6 @@ def cache_folder() -> Path:
     if folder := os.environ.get("NEMOHYBRID_COMPILED"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemohybrid" / "compiled"
-
-
-def distinct(compilations: Iterable[Compilation]) -> list[Compilation]:
-    """Without those whose binary is that of an earlier one."""
-    return list({compilation.key: compilation for compilation in compilations}.values())
 
 
 def _compile(compilation: Compilation) -> Resources:

@@ -37,27 +37,45 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """A start that was recorded. `arguments` are all but the tiles, by name; tensors may be on the meta device."""
+    """A start that was recorded. `arguments` are all but the tiles, by name; tensors may be on the meta device.
+
+    `entry` is the place of its configuration among those that the table has for the kernel; None if it came from elsewhere.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     config: Config
     arguments: dict[str, Any]
+    entry: int | None = None
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Counted, not measured: what moves if every tensor is read or written once, and all of it."""
+        return sum(
+            value.numel() * value.element_size() for value in self.arguments.values() if isinstance(value, Tensor)
+        )
 
 
-@dataclass(frozen=True)
-class _Recorder:
-    architecture: int
-    launches: list[Launch]
+class Recording(list[Launch]):
+    """Launches in their order. `entries` are the configurations that were looked up: kernel and place, the last one last."""
+
+    def __init__(self, architecture: int) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.entries: dict[str, list[int]] = {}
+
+    def add(self, kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any]) -> None:
+        entry = self.entries.get(kernel.__name__, [None])[-1]
+        self.append(Launch(kernel, grid, config, arguments, entry))
 
 
-_recorder: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
+_recorder: ContextVar[Recording | None] = ContextVar("recorder", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
     """Run `kernel` over `grid`, or record that it would have run."""
     if (recorder := _recorder.get()) is not None:
-        recorder.launches.append(Launch(kernel, grid, config, arguments))
+        recorder.add(kernel, grid, config, arguments)
         return
     if 0 in grid:
         return
@@ -77,20 +95,21 @@ def _on_device_of(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def recording(architecture: int) -> Iterator[list[Launch]]:
+def recording(architecture: int) -> Iterator[Recording]:
     """Within the block nothing runs: what would run on sm_`architecture` is listed. Tensors may be on the meta device."""
-    launches: list[Launch] = []
-    token = _recorder.set(_Recorder(architecture, launches))
+    token = _recorder.set(found := Recording(architecture))
     try:
-        yield launches
+        yield found
     finally:
         _recorder.reset(token)
 
 
 def config_for(kernel: str, device: torch.device, **facts: Fact) -> Config:
     """The configuration of `kernel` for a call with these facts: the first in the table whose conditions they meet."""
-    for entry in table()[f"sm_{architecture(device)}"][kernel]:
+    for place, entry in enumerate(table()[f"sm_{architecture(device)}"][kernel]):
         if all(_meets(facts[name], wanted) for name, wanted in entry.get("when", {}).items()):
+            if (recorder := _recorder.get()) is not None:
+                recorder.entries.setdefault(kernel, []).append(place)
             return Config(entry["tiles"], entry["warps"], entry["stages"])
     raise LookupError(f"configs.json has no configuration of {kernel} for {facts}")
 
