@@ -142,14 +142,10 @@ def mixer_case(layer: Mamba2, calls: Calls) -> Case:
     has_bias = layer.conv.bias is not None
 
     def inputs(draw: Draw) -> Tensors:
-        given = {
-            "zxbcdt": draw.normal(ROWS, calls.length, inner + convolved + H),
-            "conv_weight": draw.weight(convolved, taps, scale=taps**-0.5),
-            **({"conv_bias": draw.weight(convolved, scale=0.2)} if has_bias else {}),
-            "dt_bias": draw.weight(H, mean=-2.0),
-            **_decays(draw, H),
-            "norm_weight": draw.weight(inner, scale=0.2, mean=1.0),
-        }
+        given = {"zxbcdt": draw.normal(ROWS, calls.length, inner + convolved + H), **_decays(draw, H)}
+        given |= {"conv_weight": draw.weight(convolved, taps, scale=taps**-0.5), "dt_bias": draw.weight(H, mean=-2.0)}
+        given |= {"norm_weight": draw.weight(inner, scale=0.2, mean=1.0)}
+        given |= {"conv_bias": draw.weight(convolved, scale=0.2)} if has_bias else {}
         return _with_documents(given, calls)
 
     def run(conv_bias: Tensor | None = None, **given: Any) -> Tensor:
