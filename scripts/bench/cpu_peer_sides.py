@@ -67,6 +67,17 @@ def our_config(folder: str, overrides: Sequence[str] = ()) -> "RunConfig":
     return load_config([*OVERRIDES, f"run.dir={folder}/run", *overrides])
 
 
+def build_kernels() -> tuple[bool, str]:
+    """Build the C++ kernels unless they are there. Whether they are now, and a word on it."""
+    from nemohybrid_kernels.cpp import build
+
+    try:
+        build.build()
+    except build.BuildError as error:
+        return False, f"not built: {error}"
+    return True, "built"
+
+
 class Ours:
     """nemohybrid's `Trainer` as it runs in a training job, with its data, but without callbacks."""
 

@@ -7,9 +7,16 @@ import pytest
 import torch
 
 from nemohybrid_kernels import cpp
+from nemohybrid_kernels.activation import squared_relu_torch
+from nemohybrid_kernels.activation.cpp import squared_relu_cpp
+from nemohybrid_kernels.attention import Documents, sdpa
+from nemohybrid_kernels.attention import cpp as attention_cpp
+from nemohybrid_kernels.attention.reference import attention_torch
 from nemohybrid_kernels.conv1d.cpp import causal_conv1d_cpp
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
 from nemohybrid_kernels.cpp import build
+from nemohybrid_kernels.mixer.cpp import mamba2_mixer_cpp
+from nemohybrid_kernels.mixer.reference import mamba2_mixer_torch
 from nemohybrid_kernels.norm.cpp import gated_rms_norm_cpp, rms_norm_cpp
 from nemohybrid_kernels.norm.reference import gated_rms_norm, rms_norm
 from nemohybrid_kernels.ssd.cpp import ssd_scan_cpp
@@ -22,12 +29,21 @@ DOCUMENTS = pytest.mark.parametrize("documents", [False, True], ids=["one docume
 
 
 @pytest.fixture(autouse=True, scope="module")
-def library():
-    """Built in about four seconds, and only once for a machine."""
+def library(request):
+    """Built in about five seconds, once for each version of the sources, where no other test finds it."""
     if shutil.which("g++") is None or build.openmp_file() is None:
         pytest.skip("no C++ compiler, or no OpenMP to share with torch")
-    build.build()
-    cpp._missing.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEMOHYBRID_CACHE", str(request.config.cache.mkdir("cpp_kernels")))
+        forget_the_library()
+        build.build()
+        yield
+    forget_the_library()
+
+
+def forget_the_library():
+    for function in (build.library_file, cpp._missing, cpp._library):
+        function.cache_clear()
 
 
 def numbers(seed):
@@ -180,6 +196,64 @@ def test_parts_of_wider_rows_need_no_copy(assert_same, results_and_gradients):
     assert_same(got, want, 1e-5)
 
 
+@DTYPES
+@DOCUMENTS
+@pytest.mark.parametrize("limit", [None, (0.05, 0.6)], ids=["no limit", "limit"])
+def test_mixer_equals_its_twin_in_double(dtype, tolerance, documents, limit, assert_same, results_and_gradients):
+    normal = numbers(3)
+    inputs = {
+        "zxbcdt": normal(2, 37, 24 + 40 + 3).to(dtype),
+        "conv_weight": normal(40, 4).float(),
+        "conv_bias": normal(40).float(),
+        "dt_bias": normal(3).float(),
+        "A": -normal(3).exp().float(),
+        "D": normal(3).float(),
+        "norm_weight": normal(24).float(),
+    }
+    if documents:
+        inputs["document_ids"] = ids(2, 37)
+    options = {"heads": 3, "groups": 1, "state": 8, "group_size": 12, "eps": 1e-5, "dt_limit": limit, "chunk_size": 16}
+    got = results_and_gradients(only_result(mamba2_mixer_cpp, **options), inputs)
+    want = results_and_gradients(only_result(mamba2_mixer_torch, **options), in_double(inputs))
+    assert_same(got, want, tolerance)
+
+
+@DTYPES
+@DOCUMENTS
+@pytest.mark.parametrize("L", [1, 19, 40])
+def test_attention_equals_its_twin_in_double(dtype, tolerance, documents, L, assert_same, results_and_gradients):
+    normal = numbers(L)
+    inputs = {
+        "q": normal(2, 6, L, 12).to(dtype),
+        "k": normal(2, 2, L, 12).to(dtype),
+        "v": normal(2, 2, L, 12).to(dtype),
+    }
+    options = {"documents": Documents(ids(2, L)) if documents else None}
+    got = results_and_gradients(only_result(attention_cpp.run, **options), inputs)
+    want = results_and_gradients(only_result(attention_torch, **options), in_double(inputs))
+    assert_same(got, want, tolerance)
+
+
+def test_attention_rounds_less_than_pytorchs_kernel(results_and_gradients):
+    """A product of bf16 matrices is rounded to bf16; large scores would lose the digits behind the point."""
+    normal = numbers(1)
+    inputs = {"q": 4 * normal(2, 2, 64, 16), "k": 4 * normal(2, 2, 64, 16), "v": normal(2, 2, 64, 16)}
+    inputs = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    want = results_and_gradients(only_result(attention_torch), in_double(inputs))
+    errors = [
+        sum((results_and_gradients(only_result(run), inputs)[name].double() - want[name]).norm() for name in want)
+        for run in (attention_cpp.run, sdpa.run)
+    ]
+    assert errors[0] < 1.2 * errors[1]
+
+
+@DTYPES
+def test_squared_relu_equals_its_twin_in_double(dtype, tolerance, assert_same, results_and_gradients):
+    inputs = {"h": numbers(0)(3, 5001).to(dtype)}
+    want = results_and_gradients(only_result(squared_relu_torch), in_double(inputs))
+    assert_same(results_and_gradients(only_result(squared_relu_cpp), inputs), want, tolerance)
+
+
 def test_results_depend_neither_on_the_run_nor_on_the_threads(results_and_gradients):
     cases = [
         (lambda **i: ssd_scan_cpp(**i, chunk_size=16), scan_inputs(documents=True)),
@@ -211,6 +285,16 @@ def test_obstacles_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, "library_file", lambda: tmp_path / "missing.so")
     cpp._missing.cache_clear()
     assert build.COMMAND in (cpp.obstacle(torch.device("cpu"), torch.float32) or "")
+    cpp._missing.cache_clear()
+
+
+def test_a_library_that_others_could_have_written_is_not_run(monkeypatch, tmp_path):
+    library = tmp_path / "kernels.so"
+    library.touch(mode=0o666)
+    library.chmod(0o666)
+    monkeypatch.setattr(cpp, "library_file", lambda: library)
+    cpp._missing.cache_clear()
+    assert "others may write" in (cpp.obstacle(torch.device("cpu"), torch.float32) or "")
     cpp._missing.cache_clear()
 
 

@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
 from nemohybrid_kernels.cpp import call, threads
 from nemohybrid_kernels.documents import document_starts
+
+WIDEST = 16
+"""`WIDEST` of conv1d.cpp."""
 
 
 def causal_conv1d_cpp(
@@ -24,7 +28,13 @@ def causal_conv1d_cpp(
     document_ids: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in `nemohybrid_kernels.conv1d.causal_conv1d`, for bf16 and fp32 on a CPU."""
+    """Arguments and results as in `nemohybrid_kernels.conv1d.causal_conv1d`, for bf16 and fp32 on a CPU.
+
+    Kernels of more than WIDEST taps go to the twin.
+    """
+    if weight.shape[1] > WIDEST:
+        past: dict[str, Any] = {"document_ids": document_ids, "initial_state": initial_state}
+        return causal_conv1d_torch(x, weight, bias, activation=activation, **past)
     starts = None if document_ids is None else document_starts(document_ids)
     history = None if initial_state is None else initial_state.to(x.dtype)
     y = _Conv.apply(x, weight, bias, history, starts, activation == "silu")
@@ -57,11 +67,8 @@ class _Conv(torch.autograd.Function):
         starts: Tensor | None,
         silu: bool,
     ) -> Tensor:
-        (B, L, C), K = x.shape, weight.shape[1]
         x, history = _rows(x), None if history is None else history.contiguous()
-        w, b = _taps_first(weight), _bias(bias, weight)
-        y = x.new_empty(B, L, C)
-        call("conv1d_forward", x, x, *x.stride()[:2], history, starts, w, b, y, B, L, C, K, silu, threads())
+        y = forward(x, weight, bias, history, starts, silu)
         ctx.save_for_backward(x, weight, bias, history, starts)
         ctx.silu = silu
         return y
@@ -70,13 +77,41 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, history, starts = ctx.saved_tensors
-        (B, L, C), K, dy = x.shape, weight.shape[1], _rows(grads[0])
-        w, b = _taps_first(weight), _bias(bias, weight)
-        dx, dw, dbias = x.new_empty(B, L, C), torch.empty_like(w), torch.empty_like(b)
+        dx = x.new_empty(x.shape)
         dhistory = None if history is None else torch.empty_like(history)
-        inputs = (x, *x.stride()[:2], history, starts, w, b, dy, *dy.stride()[:2])
-        call("conv1d_backward", x, *inputs, dx, dhistory, dw, dbias, B, L, C, K, ctx.silu, threads())
-        return dx, dw.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dhistory, None, None
+        dw, dbias = backward(_rows(grads[0]), x, weight, bias, history, starts, ctx.silu, dx, dhistory)
+        return dx, dw, dbias, dhistory, None, None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, starts: Tensor | None, silu: bool
+) -> Tensor:
+    """[B, L, C], whose channels are neighbours, convolved."""
+    (B, L, C), K = x.shape, weight.shape[1]
+    w, b, y = _taps_first(weight), _bias(bias, weight), x.new_empty(B, L, C)
+    call("conv1d_forward", x, x, *x.stride()[:2], history, starts, w, b, y, B, L, C, K, silu, threads())
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    starts: Tensor | None,
+    silu: bool,
+    dx: Tensor,
+    dhistory: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """d of weight and bias. dx, which may be part of wider rows, and dhistory are filled."""
+    (B, L, C), K = x.shape, weight.shape[1]
+    w, b = _taps_first(weight), _bias(bias, weight)
+    dw, dbias = torch.empty_like(w), torch.empty_like(b)
+    inputs = (x, *x.stride()[:2], history, starts, w, b, dy, *dy.stride()[:2])
+    results = (dx, *dx.stride()[:2], dhistory, dw, dbias)
+    call("conv1d_backward", x, *inputs, *results, B, L, C, K, silu, threads())
+    return dw.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Optional kernels for CPUs in C++: `python -m nemohybrid_kernels.cpp` compiles them, in four seconds.
+"""Optional kernels for CPUs in C++: `python -m nemohybrid_kernels.cpp` compiles them, in five seconds.
 
 Never built by themselves: a run neither waits for a compiler nor depends on which rank met one first, and nobody needs one
 to install. What is built is found by any later run on this machine.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemohybrid_kernels.cpp.build import COMMAND, library_file, openmp_file
+from nemohybrid_kernels.cpp.build import COMMAND, is_trusted, library_file, openmp_file
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -41,9 +41,11 @@ _TYPES: dict[str, Any] = {
 }
 _ARGUMENTS = {
     "norm_forward": "b pi pi p pp iii f b",
-    "norm_backward": "b pi pi pp pi ppp iii b",
+    "norm_backward": "b pi pi pp pi p pi p iii b",
     "conv1d_forward": "b pii ppppp iiii bb",
-    "conv1d_backward": "b pii pppp pii pppp iiii bb",
+    "conv1d_backward": "b pii pppp pii pii ppp iiii bb",
+    "softmax_forward": "b ppp iii f b",
+    "softmax_backward": "b ppp iii f b",
     "squared_relu_forward": "b pp i b",
     "squared_relu_backward": "b ppp i b",
     "ssd_prepare": "b z pv pp pv pv p pppp pppp",
@@ -53,7 +55,7 @@ _ARGUMENTS = {
     "ssd_prepare_back": "b z pv ppppp",
     "ssd_weights_back": "b z pppppp",
     "ssd_pass_back": "b z ppppppp",
-    "ssd_finish": "b z pv ppp pv pppppp pppp pppppp",
+    "ssd_finish": "b z pv ppp pv pppppp pppp pv ppp pv pv",
 }
 """Function -> its arguments, a letter of `_TYPES` each."""
 
@@ -64,9 +66,12 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it is for CPUs"
     if dtype not in DTYPES:
         return f"it computes in bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot look into it"
-    return _missing()
+    return None if torch.compiler.is_compiling() else _missing()  # tracing ends at a question to the file system
+
+
+def reluctance(device: torch.device) -> str | None:
+    """Why "auto" should not take the kernels here, or None. Who asks for them gets a graph break."""
+    return "torch.compile cannot look into it" if torch.compiler.is_compiling() else None
 
 
 @cache
@@ -76,6 +81,8 @@ def _missing() -> str | None:
     file = library_file()
     if not file.exists():
         return f"it is not built; with a C++ compiler, `{COMMAND}` does that in seconds"
+    if not is_trusted(file):
+        return f"{file} is not this user's own, or others may write to it"
     return None
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -16,8 +17,8 @@ import torch
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 """Nothing that lets the compiler reorder sums or forget NaN and infinity."""
 COMMAND = "python -m nemohybrid_kernels.cpp"
-MINUTES = 10 * 60
-"""Seconds after which a compiler is taken to hang. It needs 4."""
+PATIENCE = 10 * 60
+"""Seconds after which a compiler is taken to hang. It needs 5."""
 
 
 class BuildError(RuntimeError):
@@ -68,12 +69,21 @@ def build() -> Path:
         raise BuildError("there is no C++ compiler: install g++, or name one in CXX")
     if openmp is None:
         raise BuildError("torch has loaded no OpenMP library (libgomp, libiomp5) that the kernels could share")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "kernels.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            _compile(compiler, openmp, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / "kernels.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                _compile(compiler, openmp, target)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{error} (NEMOHYBRID_CACHE names another folder)") from error
     return target
+
+
+def is_trusted(file: Path) -> bool:
+    """Whether nobody but this user and root could have written the file: it is about to be run."""
+    status = file.stat()
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _compile(compiler: str, openmp: Path, target: Path) -> None:
@@ -87,7 +97,7 @@ def _compile(compiler: str, openmp: Path, target: Path) -> None:
 
 
 def _run(command: list[str], folder: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=MINUTES, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr[-4000:]}")
 

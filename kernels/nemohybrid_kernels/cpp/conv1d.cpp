@@ -10,6 +10,7 @@
 namespace {
 
 constexpr i64 BLOCK = 32;  // tokens that share one partial sum of the weights' gradient, whatever the number of threads
+constexpr i64 SLAB = 64;   // channels that are fetched together, few enough to stay in the first cache
 constexpr int WIDEST = 16;
 
 struct Shape {
@@ -80,7 +81,8 @@ void forward_channels(const Shape& z, const Row<T>& row, const float* weight, co
 // history). Gradients reach an input from the K - 1 tokens behind it, so those are gone through as well.
 template <int FIXED, class T, class W>
 void backward_channels(const Shape& z, const Row<T>& row, const float* weight, const float* bias, const T* dy,
-                       i64 dy_stride, i64 first, i64 end, i64 c, W width, T* dx, T* dhistory, float* sums) {
+                       i64 dy_stride, i64 first, i64 end, i64 c, W width, T* dx, i64 dx_stride, T* dhistory,
+                       float* sums) {
   Taps<FIXED> taps(z, weight, bias, c, width);
   const int K = taps.number(z);
   Floats window[FIXED ? FIXED : WIDEST], gradients[FIXED ? FIXED : WIDEST], dw[FIXED ? FIXED : WIDEST], dbias = {};
@@ -103,7 +105,7 @@ void backward_channels(const Shape& z, const Row<T>& row, const float* weight, c
     }
     slide(gradients, K, d);  // of tokens s .. s + K - 1, which see input s through their taps K - 1 .. 0
     i64 s = t - (K - 1);
-    T* to = s >= first ? dx + s * z.C + c : (s < 0 && dhistory ? dhistory + (s + K - 1) * z.C + c : nullptr);
+    T* to = s >= first ? dx + s * dx_stride + c : (s < 0 && dhistory ? dhistory + (s + K - 1) * z.C + c : nullptr);
     if (to == nullptr) continue;
     Floats total = {};
     for (int k = 0; k < K; k++)
@@ -139,6 +141,7 @@ void forward(const Shape& z, const T* x, i64 batch_stride, i64 stride, const T* 
     Row<T> row = row_of(z, b, x, batch_stride, stride, history, starts);
     T* out = y + b * z.L * z.C;
     each(z.C, [&](i64 c, auto width) {
+      if (c % SLAB == 0) fetch(row.x + first * stride + c, stride, end - first, z.C - c < SLAB ? z.C - c : SLAB);
       if (z.K == 4)
         forward_channels<4>(z, row, w, bias, first, end, c, width, out);
       else
@@ -149,20 +152,26 @@ void forward(const Shape& z, const T* x, i64 batch_stride, i64 stride, const T* 
 
 template <class T>
 void backward(const Shape& z, const T* x, i64 batch_stride, i64 stride, const T* history, const std::int32_t* starts,
-              const float* w, const float* bias, const T* dy, i64 dy_batch, i64 dy_stride, T* dx, T* dhistory, float* dw,
-              float* dbias) {
+              const float* w, const float* bias, const T* dy, i64 dy_batch, i64 dy_stride, T* dx, i64 dx_batch, i64 dx_stride,
+              T* dhistory, float* dw, float* dbias) {
   i64 blocks = z.B * ((z.L + BLOCK - 1) / BLOCK), size = (z.K + 1) * z.C;
   std::vector<float> partial(blocks * size);
   blocks_of_tokens(z, [&](i64 b, i64 at, i64 first, i64 end) {
     Row<T> row = row_of(z, b, x, batch_stride, stride, history, starts);
     const T* d = dy + b * dy_batch;
-    T *out = dx + b * z.L * z.C, *out_history = dhistory ? dhistory + b * (z.K - 1) * z.C : nullptr;
+    T *out = dx + b * dx_batch, *out_history = dhistory ? dhistory + b * (z.K - 1) * z.C : nullptr;
     float* sums = partial.data() + at * size;
+    i64 read = end + z.K - 1 < z.L ? end + z.K - 1 : z.L;
     each(z.C, [&](i64 c, auto width) {
+      if (c % SLAB == 0) {
+        i64 channels = z.C - c < SLAB ? z.C - c : SLAB;
+        fetch(row.x + first * stride + c, stride, read - first, channels);
+        fetch(d + first * dy_stride + c, dy_stride, read - first, channels);
+      }
       if (z.K == 4)
-        backward_channels<4>(z, row, w, bias, d, dy_stride, first, end, c, width, out, out_history, sums);
+        backward_channels<4>(z, row, w, bias, d, dy_stride, first, end, c, width, out, dx_stride, out_history, sums);
       else
-        backward_channels<0>(z, row, w, bias, d, dy_stride, first, end, c, width, out, out_history, sums);
+        backward_channels<0>(z, row, w, bias, d, dy_stride, first, end, c, width, out, dx_stride, out_history, sums);
     });
   });
   std::vector<double> total(size, 0.0);
@@ -182,9 +191,9 @@ extern "C" void conv1d_forward(int is_bf16, const void* x, i64 batch_stride, i64
 
 extern "C" void conv1d_backward(int is_bf16, const void* x, i64 batch_stride, i64 stride, const void* history,
                                 const std::int32_t* starts, const float* w, const float* bias, const void* dy,
-                                i64 dy_batch, i64 dy_stride, void* dx, void* dhistory, float* dw, float* dbias, i64 B,
-                                i64 L, i64 C, i64 K, int silu, int threads) {
+                                i64 dy_batch, i64 dy_stride, void* dx, i64 dx_batch, i64 dx_stride, void* dhistory,
+                                float* dw, float* dbias, i64 B, i64 L, i64 C, i64 K, int silu, int threads) {
   Shape z{B, L, C, K, silu, threads};
   FOR_TYPE(is_bf16, backward(z, (const T*)x, batch_stride, stride, (const T*)history, starts, w, bias, (const T*)dy,
-                             dy_batch, dy_stride, (T*)dx, (T*)dhistory, dw, dbias));
+                             dy_batch, dy_stride, (T*)dx, dx_batch, dx_stride, (T*)dhistory, dw, dbias));
 }

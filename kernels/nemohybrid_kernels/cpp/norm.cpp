@@ -67,7 +67,7 @@ void backward_group(const T* x, const T* z, const float* w, float scale, const T
 
 template <class T>
 void backward(const T* x, i64 x_stride, const T* z, i64 z_stride, const float* w, const float* scale, const T* dy,
-              i64 dy_stride, T* dx, T* dz, float* dw, i64 rows, i64 D, i64 group, int threads) {
+              i64 dy_stride, T* dx, T* dz, i64 dz_stride, float* dw, i64 rows, i64 D, i64 group, int threads) {
   i64 blocks = (rows + BLOCK - 1) / BLOCK;
   std::vector<float> partial(blocks * D, 0.f);
 #pragma omp parallel num_threads(threads)
@@ -79,7 +79,7 @@ void backward(const T* x, i64 x_stride, const T* z, i64 z_stride, const float* w
         for (i64 first = 0; first < D; first += group)
           backward_group(x + row * x_stride + first, z ? z + row * z_stride + first : nullptr, w + first,
                          scale[row * (D / group) + first / group], dy + row * dy_stride + first, dx + row * D + first,
-                         z ? dz + row * D + first : nullptr, partial.data() + block * D + first, group, buffer.data(),
+                         z ? dz + row * dz_stride + first : nullptr, partial.data() + block * D + first, group, buffer.data(),
                          buffer.data() + group);
   }
   std::vector<double> total(D, 0.0);
@@ -97,8 +97,8 @@ extern "C" void norm_forward(int is_bf16, const void* x, i64 x_stride, const voi
 }
 
 extern "C" void norm_backward(int is_bf16, const void* x, i64 x_stride, const void* z, i64 z_stride, const float* w,
-                              const float* scale, const void* dy, i64 dy_stride, void* dx, void* dz, float* dw,
-                              i64 rows, i64 D, i64 group, int threads) {
+                              const float* scale, const void* dy, i64 dy_stride, void* dx, void* dz, i64 dz_stride,
+                              float* dw, i64 rows, i64 D, i64 group, int threads) {
   FOR_TYPE(is_bf16, backward((const T*)x, x_stride, (const T*)z, z_stride, w, scale, (const T*)dy, dy_stride, (T*)dx,
-                             (T*)dz, dw, rows, D, group, threads));
+                             (T*)dz, dz_stride, dw, rows, D, group, threads));
 }

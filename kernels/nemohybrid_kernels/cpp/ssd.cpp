@@ -23,6 +23,10 @@ struct Chunk {
   }
 };
 
+// Where the P numbers of token q and head h are in [i, g, Q, R * P], and in [i, h, Q, P].
+i64 folded(const Sizes& z, i64 i, i64 h, i64 q) { return (((i * z.G + h / z.R) * z.Q + q) * z.R + h % z.R) * z.P; }
+i64 by_head(const Sizes& z, i64 i, i64 h, i64 q) { return ((i * z.G * z.R + h) * z.Q + q) * z.P; }
+
 // The log decays of a head over a chunk, and which tokens of the chunk each token sees.
 //
 // lo[q]: the first token of the chunk in the document of q. a: sum of steps from there. w_in: decay of the state before
@@ -82,26 +86,27 @@ void prepare(const Sizes& z, const T* x, View vx, const float* dt, const float* 
     bool goes_on = document_bounds(z, chunk, starts, lo + i * z.Q);
     gather(z, i, B, vB, B_chunks);
     gather(z, i, C, vC, C_chunks);
+    const float* steps = dt + (chunk.b * z.L + chunk.first) * H;
     for (i64 h = 0; h < H; h++) {
       i64 at = (i * H + h) * z.Q;
-      const float* steps = dt + (chunk.b * z.L + chunk.first) * H + h;
-      decays(z, chunk, steps, A[h], lo + i * z.Q, goes_on, a + at, w_in + at, w_out + at);
-      for (i64 q = 0; q < z.Q; q++) {
-        T *own = u + (at + q) * z.P, *out = u_out + (((i * z.G + h / z.R) * z.Q + q) * z.R + h % z.R) * z.P;
+      decays(z, chunk, steps + h, A[h], lo + i * z.Q, goes_on, a + at, w_in + at, w_out + at);
+    }
+    for (i64 q = 0; q < z.Q; q++)
+      for (i64 h = 0; h < H; h++) {
+        T *own = u + by_head(z, i, h, q), *out = u_out + folded(z, i, h, q);
         if (q >= chunk.here) {
           std::memset(own, 0, z.P * sizeof(T));
           std::memset(out, 0, z.P * sizeof(T));
           continue;
         }
         const T* from = x + chunk.b * vx.batch_stride + (chunk.first + q) * vx.stride + h * z.P;
-        float step = steps[q * H], w = w_out[at + q];
+        float step = steps[q * H + h], w = w_out[(i * H + h) * z.Q + q];
         each(z.P, [&](i64 p, auto width) {
           Floats scaled = load(from + p, width) * step;
           store(own + p, scaled, width);
           store(out + p, scaled * w, width);
         });
       }
-    }
   }
 }
 
@@ -164,8 +169,7 @@ void combine(const Sizes& z, const T* within, const T* carried, const float* w_i
   for (i64 at = 0; at < z.batch * z.L; at++) {
     i64 b = at / z.L, t = at % z.L, i = b * z.chunks + t / z.Q, q = t % z.Q;
     for (i64 h = 0; h < H; h++) {
-      const T* near = within + ((i * H + h) * z.Q + q) * z.P;
-      const T* far = carried + (((i * z.G + h / z.R) * z.Q + q) * z.R + h % z.R) * z.P;
+      const T *near = within + by_head(z, i, h, q), *far = carried + folded(z, i, h, q);
       const T* skipped = x + b * vx.batch_stride + t * vx.stride + h * z.P;
       float w = w_in[(i * H + h) * z.Q + q], d = D ? D[h] : 0.f;
       T* out = y + (at * H + h) * z.P;
@@ -184,24 +188,24 @@ void prepare_back(const Sizes& z, const T* dy, View vd, const T* carried, const 
                   float* da) {
   i64 H = z.G * z.R;
 #pragma omp parallel for schedule(static) num_threads(z.threads)
-  for (i64 at = 0; at < z.batch * z.chunks * H; at++) {
-    i64 i = at / H, h = at % H;
+  for (i64 i = 0; i < z.batch * z.chunks; i++) {
     Chunk chunk(z, i);
-    for (i64 q = 0; q < z.Q; q++) {
-      bool real = q < chunk.here;
-      i64 folded = (((i * z.G + h / z.R) * z.Q + q) * z.R + h % z.R) * z.P;
-      const T *from = dy + chunk.b * vd.batch_stride + (chunk.first + q) * vd.stride + h * z.P, *far = carried + folded;
-      T *own = dwithin + (at * z.Q + q) * z.P, *out = dcarried + folded;
-      float w = w_in[at * z.Q + q];
-      Floats along = {};
-      each(z.P, [&](i64 p, auto width) {
-        Floats d = real ? load(from + p, width) : Floats{};
-        store(own + p, d, width);
-        store(out + p, d * w, width);
-        along += d * load(far + p, width);
-      });
-      da[at * z.Q + q] = sum(along) * w;
-    }
+    for (i64 q = 0; q < z.Q; q++)
+      for (i64 h = 0; h < H; h++) {
+        bool real = q < chunk.here;
+        const T* from = dy + chunk.b * vd.batch_stride + (chunk.first + q) * vd.stride + h * z.P;
+        const T* far = carried + folded(z, i, h, q);
+        T *own = dwithin + by_head(z, i, h, q), *out = dcarried + folded(z, i, h, q);
+        float w = w_in[(i * H + h) * z.Q + q];
+        Floats along = {};
+        each(z.P, [&](i64 p, auto width) {
+          Floats d = real ? load(from + p, width) : Floats{};
+          store(own + p, d, width);
+          store(out + p, d * w, width);
+          along += d * load(far + p, width);
+        });
+        da[(i * H + h) * z.Q + q] = sum(along) * w;
+      }
   }
 }
 
@@ -283,12 +287,12 @@ void pass_back(const Sizes& z, const T* dbefore, const T* before, const float* w
 
 // [i, g, Q, N], a sum of two -> [batch, L, G, N]
 template <class T>
-void scatter(const Sizes& z, i64 i, const T* one, const T* other, T* to) {
+void scatter(const Sizes& z, i64 i, const T* one, const T* other, T* to, View view) {
   Chunk chunk(z, i);
   for (i64 q = 0; q < chunk.here; q++)
     for (i64 g = 0; g < z.G; g++) {
       i64 from = ((i * z.G + g) * z.Q + q) * z.N;
-      T* out = to + ((chunk.b * z.L + chunk.first + q) * z.G + g) * z.N;
+      T* out = to + chunk.b * view.batch_stride + (chunk.first + q) * view.stride + g * z.N;
       each(z.N, [&](i64 n, auto width) {
         store(out + n, load(one + from + n, width) + load(other + from + n, width), width);
       });
@@ -299,22 +303,35 @@ struct Sums {  // of a head over a chunk
   double dA, dD;
 };
 
-// Gradients of x, dt and, by the log decays, of A, for head h of chunk i.
+// The inputs of the last step of the way back, and its results.
 template <class T>
-Sums finish_head(const Sizes& z, i64 i, i64 h, const T* x, View vx, const float* dt, float A, const float* D, const T* dy,
-                 View vd, const T* du_within, const T* du_out, const float* w_out, const std::int32_t* lo, float* da,
-                 const float* dkept, float* dout, T* dx, float* ddt) {
-  Chunk chunk(z, i);
-  i64 H = z.G * z.R, at = (i * H + h) * z.Q;
-  Sums sums{0.0, 0.0};
-  for (i64 q = 0; q < chunk.here; q++) {
-    i64 t = chunk.first + q;
-    const T* own_x = x + chunk.b * vx.batch_stride + t * vx.stride + h * z.P;
-    const T* own_dy = dy + chunk.b * vd.batch_stride + t * vd.stride + h * z.P;
-    const T* near = du_within + (at + q) * z.P;
-    const T* far = du_out + (((i * z.G + h / z.R) * z.Q + q) * z.R + h % z.R) * z.P;
-    i64 to = (chunk.b * z.L + t) * H + h;
-    float step = dt[to], w = w_out[at + q], d = D ? D[h] : 0.f;
+struct Last {
+  const Sizes& z;
+  const T* x;
+  View vx;
+  const float *dt, *A, *D;
+  const T* dy;
+  View vd;
+  const T *du_within, *du_out;
+  const float* w_out;
+  const std::int32_t* lo;
+  float* da;
+  const float* dkept;
+  T* dx;
+  View vdx;
+  float* ddt;
+
+  i64 heads() const { return z.G * z.R; }
+  i64 token(const Chunk& chunk, i64 q) const { return (chunk.b * z.L + chunk.first + q) * heads(); }
+
+  // dx, and what reaches dt and the decay w_out of token q and head h directly. Returns what reaches D.
+  float direct(i64 i, const Chunk& chunk, i64 q, i64 h, float* by_w_out) {
+    const T* own_x = x + chunk.b * vx.batch_stride + (chunk.first + q) * vx.stride + h * z.P;
+    const T* own_dy = dy + chunk.b * vd.batch_stride + (chunk.first + q) * vd.stride + h * z.P;
+    const T *near = du_within + by_head(z, i, h, q), *far = du_out + folded(z, i, h, q);
+    i64 to = token(chunk, q) + h;
+    float step = dt[to], w = w_out[(i * heads() + h) * z.Q + q], d = D ? D[h] : 0.f;
+    T* own_dx = dx + chunk.b * vdx.batch_stride + (chunk.first + q) * vdx.stride + h * z.P;
     Floats by_dt = {}, by_decay = {}, skipped = {};
     each(z.P, [&](i64 p, auto width) {
       Floats input = load(own_x + p, width), grad = load(own_dy + p, width), outgoing = load(far + p, width) * w;
@@ -322,32 +339,43 @@ Sums finish_head(const Sizes& z, i64 i, i64 h, const T* x, View vx, const float*
       by_dt += du * input;
       by_decay += outgoing * input;
       skipped += grad * input;
-      store(dx + to * z.P + p, du * step + d * grad, width);
+      store(own_dx + p, du * step + d * grad, width);
     });
     ddt[to] = sum(by_dt);
-    dout[q] = sum(by_decay) * step;
-    sums.dD += sum(skipped);
+    *by_w_out = sum(by_decay) * step;
+    return sum(skipped);
   }
-  double kept = 0.0;
-  for (i64 n = 0; n < z.N; n++) kept += dkept[(i * H + h) * z.N + n];
-  da[at + z.Q - 1] += float(kept);
 
-  // A step is in `a` of its own and of later tokens of the document, and in the way out of all earlier tokens.
-  double earlier = 0.0, later = 0.0;
-  for (i64 q = z.Q - 1; q >= 0; q--) {
-    later += da[at + q];
-    da[at + q] = float(later);
-    if (lo[i * z.Q + q] == q) later = 0.0;
+  // What reaches dt by the log decays. A step is in `a` of its own and of later tokens of the document, and in the way out
+  // of all earlier tokens. Returns what reaches A.
+  double through_decays(i64 i, const Chunk& chunk, i64 h, const float* by_w_out) {
+    float* own = da + (i * heads() + h) * z.Q;
+    double kept = 0.0, later = 0.0, earlier = 0.0, by_A = 0.0;
+    for (i64 n = 0; n < z.N; n++) kept += dkept[(i * heads() + h) * z.N + n];
+    own[z.Q - 1] += float(kept);
+    for (i64 q = z.Q - 1; q >= 0; q--) {
+      later += own[q];
+      own[q] = float(later);
+      if (lo[i * z.Q + q] == q) later = 0.0;
+    }
+    for (i64 q = 0; q < chunk.here; q++) {
+      double dstep = double(own[q]) + earlier;
+      earlier += by_w_out[q];
+      ddt[token(chunk, q) + h] += float(dstep * A[h]);
+      by_A += dstep * dt[token(chunk, q) + h];
+    }
+    return by_A;
   }
-  for (i64 q = 0; q < chunk.here; q++) {
-    double dstep = double(da[at + q]) + earlier;
-    earlier += dout[q];
-    i64 to = (chunk.b * z.L + chunk.first + q) * H + h;
-    ddt[to] += float(dstep * A);
-    sums.dA += dstep * dt[to];
+
+  // by_A, by_D [H]: sums over the chunk. by_w_out [H, Q]: room.
+  void chunk(i64 i, double* by_A, double* by_D, float* by_w_out) {
+    Chunk chunk(z, i);
+    for (i64 h = 0; h < heads(); h++) by_D[h] = 0.0;
+    for (i64 q = 0; q < chunk.here; q++)
+      for (i64 h = 0; h < heads(); h++) by_D[h] += direct(i, chunk, q, h, by_w_out + h * z.Q + q);
+    for (i64 h = 0; h < heads(); h++) by_A[h] = through_decays(i, chunk, h, by_w_out + h * z.Q);
   }
-  return sums;
-}
+};
 
 }  // namespace
 
@@ -391,30 +419,29 @@ extern "C" void ssd_pass_back(int is_bf16, const Sizes* z, const void* dbefore, 
 extern "C" void ssd_finish(int is_bf16, const Sizes* z, const void* x, View vx, const float* dt, const float* A,
                            const float* D, const void* dy, View vd, const void* du_within, const void* du_out,
                            const float* w_out, const std::int32_t* lo, float* da, const float* dkept, const void* dB_near,
-                           const void* dB_far, const void* dC_near, const void* dC_far, void* dx, float* ddt, float* dA,
-                           float* dD, void* dB, void* dC) {
+                           const void* dB_far, const void* dC_near, const void* dC_far, void* dx, View vdx, float* ddt,
+                           float* dA, float* dD, void* dB, View vdB, void* dC, View vdC) {
   i64 H = z->G * z->R, all = z->batch * z->chunks;
-  std::vector<Sums> sums(all * H);
+  std::vector<double> sums(2 * all * H);
 #pragma omp parallel num_threads(z->threads)
   {
-    std::vector<float> dout(z->Q);
+    std::vector<float> by_w_out(H * z->Q);
 #pragma omp for schedule(static)
     for (i64 i = 0; i < all; i++) {
       FOR_TYPE(is_bf16, {
-        for (i64 h = 0; h < H; h++)
-          sums[i * H + h] =
-              finish_head(*z, i, h, (const T*)x, vx, dt, A[h], D, (const T*)dy, vd, (const T*)du_within,
-                          (const T*)du_out, w_out, lo, da, dkept, dout.data(), (T*)dx, ddt);
-        scatter(*z, i, (const T*)dB_near, (const T*)dB_far, (T*)dB);
-        scatter(*z, i, (const T*)dC_near, (const T*)dC_far, (T*)dC);
+        Last<T> last{*z,    (const T*)x,         vx,                  dt,    A,  D,  (const T*)dy, vd,
+                     (const T*)du_within, (const T*)du_out, w_out, lo, da, dkept, (T*)dx, vdx, ddt};
+        last.chunk(i, sums.data() + i * H, sums.data() + (all + i) * H, by_w_out.data());
+        scatter(*z, i, (const T*)dB_near, (const T*)dB_far, (T*)dB, vdB);
+        scatter(*z, i, (const T*)dC_near, (const T*)dC_far, (T*)dC, vdC);
       });
     }
   }
   for (i64 h = 0; h < H; h++) {
     double by_A = 0.0, by_D = 0.0;
     for (i64 i = 0; i < all; i++) {
-      by_A += sums[i * H + h].dA;
-      by_D += sums[i * H + h].dD;
+      by_A += sums[i * H + h];
+      by_D += sums[(all + i) * H + h];
     }
     dA[h] = float(by_A);
     dD[h] = float(by_D);

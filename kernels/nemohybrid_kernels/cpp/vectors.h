@@ -70,6 +70,14 @@ static inline void store(bf16* to, Floats x, W width) {
   std::memcpy(to, &rounded, width.count * sizeof(bf16));
 }
 
+// Asks for all of some rows at once, before they are gone through piece by piece: the processor would not see them coming.
+template <class T>
+static inline void fetch(const T* from, i64 stride, i64 rows, i64 width) {
+  constexpr i64 line = 64 / sizeof(T);
+  for (i64 row = 0; row < rows; row++)
+    for (i64 i = 0; i < width; i += line) __builtin_prefetch(from + row * stride + i);
+}
+
 static inline Floats all(float x) { return x - Floats{}; }
 
 static inline float sum(Floats x) {
@@ -116,13 +124,13 @@ static inline Floats reciprocal(Floats x) {
 static inline Floats sigmoid(Floats x) { return reciprocal(1.f + exponential(-x)); }
 
 // Calls f<float> or f<bf16>: every exported function takes `is_bf16` first.
-#define FOR_TYPE(is_bf16, call) \
+#define FOR_TYPE(is_bf16, ...) \
   do {                          \
     if (is_bf16) {              \
       using T = bf16;           \
-      call;                     \
+      __VA_ARGS__;              \
     } else {                    \
       using T = float;          \
-      call;                     \
+      __VA_ARGS__;              \
     }                           \
   } while (0)

@@ -27,10 +27,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float) -> Tensor:
-        x_rows, z_rows, w = rows(x), None if z is None else rows(z), weight.float().contiguous()
-        n, D = x_rows.shape
-        y, scale = x.new_empty(x.shape), w.new_empty(n, D // max(group, 1))
-        call("norm_forward", x, *_strided(x_rows), *_strided(z_rows), w, y, scale, n, D, group, eps, threads())
+        y, scale = forward(x, z, weight, group, eps)
         ctx.save_for_backward(x, z, weight, scale)
         ctx.group = group
         return y
@@ -39,14 +36,35 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, z, weight, scale = ctx.saved_tensors
-        x_rows, z_rows, dy, w = rows(x), None if z is None else rows(z), rows(grads[0]), weight.float().contiguous()
-        n, D = x_rows.shape
-        dx, dw = x.new_empty(x.shape), torch.empty_like(w)
         dz = None if z is None else z.new_empty(z.shape)
-        inputs = (*_strided(x_rows), *_strided(z_rows), w, scale, *_strided(dy))
-        call("norm_backward", x, *inputs, dx, dz, dw, n, D, ctx.group, threads())
-        return dx, dz, dw.to(weight.dtype), None, None
+        dx, dw = backward(grads[0], x, z, weight, scale, ctx.group, dz)
+        return dx, dz, dw, None, None
 
 
-def _strided(x_rows: Tensor | None) -> tuple[Tensor | None, int]:
-    return x_rows, 0 if x_rows is None else x_rows.stride(0)
+def forward(x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and the scale of each group."""
+    x_rows, w = rows(x), weight.float().contiguous()
+    n, D = x_rows.shape
+    y, scale = x.new_empty(x.shape), w.new_empty(n, D // max(group, 1))
+    call("norm_forward", x, *_strided(x_rows), *_strided(z), w, y, scale, n, D, group, eps, threads())
+    return y, scale
+
+
+def backward(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, scale: Tensor, group: int, dz: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dx and d of the weight. dz, which may be part of wider rows, is filled."""
+    x_rows, w = rows(x), weight.float().contiguous()
+    n, D = x_rows.shape
+    dx, dw = x.new_empty(x.shape), torch.empty_like(w)
+    inputs = (*_strided(x_rows), *_strided(z), w, scale, *_strided(dy))
+    call("norm_backward", x, *inputs, dx, *_strided(dz), dw, n, D, group, threads())
+    return dx, dw.to(weight.dtype)
+
+
+def _strided(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """[..., D] as rows, and how far they are apart."""
+    if x is None:
+        return None, 0
+    flat = rows(x)
+    return flat, flat.stride(0)

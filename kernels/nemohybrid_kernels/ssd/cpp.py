@@ -34,7 +34,7 @@ def ssd_scan_cpp(
 
 
 class _Scan(torch.autograd.Function):
-    """Keeps the inputs, the decays, and of each chunk the operands of its products: about five times the size of x."""
+    """Keeps what `forward` returns for `backward`."""
 
     @staticmethod
     def forward(
@@ -50,61 +50,93 @@ class _Scan(torch.autograd.Function):
         Q: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = [None if t is None else t.dtype for t in (dt, A, D, initial)]
-        x, B, C = (_rows(t) for t in (x, B, C))
         dt, A = (t.float().contiguous() for t in (dt, A))
         D, initial = (None if t is None else t.float().contiguous() for t in (D, initial))
-        z = _sizes(x, B, Q)
-        i, G, R, P, N, W = z.batch * z.chunks, z.G, z.R, z.P, z.N, z.R * z.P
-
-        lo = torch.empty(i, Q, dtype=torch.int32)
-        a, w_in, w_out = (torch.empty(i, G * R, Q) for _ in range(3))
-        u, u_out = x.new_empty(i * G * R, Q, P), x.new_empty(i * G, Q, W)
-        B_iG, C_iG = x.new_empty(i * G, Q, N), x.new_empty(i * G, Q, N)
-        inputs = (x, _view(x), dt, A, B, _view(B), C, _view(C), starts)
-        call("ssd_prepare", x, z, *inputs, lo, a, w_in, w_out, u, u_out, B_iG, C_iG)
-
-        CB, weights = torch.bmm(C_iG, B_iG.mT), x.new_empty(i * G * R, Q, Q)
-        call("ssd_weights", x, z, a, lo, CB, weights)
-        before, final = x.new_empty(i * G, N, W), torch.empty(z.batch, G * R, P, N)
-        call("ssd_pass_states", x, z, torch.bmm(B_iG.mT, u_out), w_in, initial, before, final)
-        carried, y = torch.bmm(C_iG, before), x.new_empty(x.shape)
-        call("ssd_combine", x, z, torch.bmm(weights, u), carried, w_in, x, _view(x), D, y)
-
-        ctx.sizes, ctx.starts_from = z, initial is not None
-        ctx.save_for_backward(x, dt, A, D, lo, a, w_in, w_out, u, u_out, B_iG, C_iG, CB, weights, before, carried)
+        y, final, kept = forward(_rows(x), dt, A, _rows(B), _rows(C), D, starts, initial, Q)
+        ctx.save_for_backward(*kept)
+        ctx.Q = Q
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, dt, A, D, lo, a, w_in, w_out, u, u_out, B, C, CB, weights, before, carried = ctx.saved_tensors
-        dy, dfinal = grads
-        dy = torch.zeros_like(x) if dy is None else _rows(dy)
-        dfinal, z = None if dfinal is None else dfinal.contiguous(), ctx.sizes
-
-        dwithin, dcarried, da = torch.empty_like(u), torch.empty_like(u_out), torch.empty_like(a)
-        call("ssd_prepare_back", x, z, dy, _view(dy), carried, w_in, dwithin, dcarried, da)
-        dCB = torch.empty_like(CB)
-        call("ssd_weights_back", x, z, torch.bmm(dwithin, u.mT), CB, a, lo, dCB, da)
-
-        dgained, dkept = torch.empty_like(before), a.new_empty(*a.shape[:2], z.N)
-        dinitial = a.new_empty(z.batch, z.G * z.R, z.P, z.N) if ctx.starts_from else None
-        call("ssd_pass_back", x, z, torch.bmm(C.mT, dcarried), before, w_in, dfinal, dgained, dkept, dinitial)
-
-        dx, ddt, dA, dD = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(A), torch.empty_like(A)
-        dB, dC = (x.new_empty(z.batch, z.L, z.G, z.N) for _ in "BC")
-        du = (torch.bmm(weights.mT, dwithin), torch.bmm(B, dgained))
-        dB_parts = (torch.bmm(dCB.mT, C), torch.bmm(u_out, dgained.mT))
-        dC_parts = (torch.bmm(dCB, B), torch.bmm(dcarried, before.mT))
-        inputs = (x, _view(x), dt, A, D, dy, _view(dy), *du, w_out, lo, da, dkept, *dB_parts, *dC_parts)
-        call("ssd_finish", x, z, *inputs, dx, ddt, dA, dD, dB, dC)
-
+        x, B = ctx.saved_tensors[0], ctx.saved_tensors[3]
+        dx, dB, dC = x.new_empty(x.shape), B.new_empty(B.shape), B.new_empty(B.shape)
+        dy = torch.zeros_like(dx) if grads[0] is None else _rows(grads[0])
+        state = ctx.dtypes[3] is not None
+        *small, dinitial = backward(dy, grads[1], ctx.saved_tensors, ctx.Q, dx, dB, dC, state)
         ddt, dA, dD, dinitial = (
             None if t is None or dtype is None else t.to(dtype)
-            for t, dtype in zip((ddt, dA, dD, dinitial), ctx.dtypes, strict=True)
+            for t, dtype in zip((*small, dinitial), ctx.dtypes, strict=True)
         )
         return dx, ddt, dA, dB, dC, dD, None, dinitial, None
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    starts: Tensor | None,
+    initial: Tensor | None,
+    Q: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """y, the last state, and what `backward` wants: the inputs, the decays, and the operands of each chunk's products,
+    about six times the size of x. The numbers of a token are neighbours in x, B and C; dt, A, D, initial: fp32, contiguous.
+    """
+    z = _sizes(x, B, Q)
+    i, G, R, P, N, W = z.batch * z.chunks, z.G, z.R, z.P, z.N, z.R * z.P
+
+    lo = torch.empty(i, Q, dtype=torch.int32)
+    a, w_in, w_out = (torch.empty(i, G * R, Q) for _ in range(3))
+    u, u_out = x.new_empty(i * G * R, Q, P), x.new_empty(i * G, Q, W)
+    B_iG, C_iG = x.new_empty(i * G, Q, N), x.new_empty(i * G, Q, N)
+    inputs = (x, _view(x), dt, A, B, _view(B), C, _view(C), starts)
+    call("ssd_prepare", x, z, *inputs, lo, a, w_in, w_out, u, u_out, B_iG, C_iG)
+
+    CB, weights = torch.bmm(C_iG, B_iG.mT), x.new_empty(i * G * R, Q, Q)
+    call("ssd_weights", x, z, a, lo, CB, weights)
+    before, final = x.new_empty(i * G, N, W), torch.empty(z.batch, G * R, P, N)
+    call("ssd_pass_states", x, z, torch.bmm(B_iG.mT, u_out), w_in, initial, before, final)
+    carried, y = torch.bmm(C_iG, before), x.new_empty(x.shape)
+    call("ssd_combine", x, z, torch.bmm(weights, u), carried, w_in, x, _view(x), D, y)
+    return y, final, (x, dt, A, B, D, lo, a, w_in, w_out, u, u_out, B_iG, C_iG, CB, weights, before, carried)
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    kept: tuple[Tensor, ...],
+    Q: int,
+    dx: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+    state: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """d of dt, A, D and, where there was a `state`, of the initial one, in fp32. dx, dB and dC, which may be parts of wider
+    rows, are filled.
+    """
+    x, dt, A, B, D, lo, a, w_in, w_out, u, u_out, B_iG, C_iG, CB, weights, before, carried = kept
+    z, dfinal = _sizes(x, B, Q), None if dfinal is None else dfinal.contiguous()
+    dwithin, dcarried, da = torch.empty_like(u), torch.empty_like(u_out), torch.empty_like(a)
+    call("ssd_prepare_back", x, z, dy, _view(dy), carried, w_in, dwithin, dcarried, da)
+    dCB = torch.empty_like(CB)
+    call("ssd_weights_back", x, z, torch.bmm(dwithin, u.mT), CB, a, lo, dCB, da)
+
+    dgained, dkept = torch.empty_like(before), a.new_empty(*a.shape[:2], z.N)
+    dinitial = a.new_empty(z.batch, z.G * z.R, z.P, z.N) if state else None
+    call("ssd_pass_back", x, z, torch.bmm(C_iG.mT, dcarried), before, w_in, dfinal, dgained, dkept, dinitial)
+
+    ddt, dA, dD = torch.empty_like(dt), torch.empty_like(A), torch.empty_like(A)
+    du = (torch.bmm(weights.mT, dwithin), torch.bmm(B_iG, dgained))
+    dB_parts = (torch.bmm(dCB.mT, C_iG), torch.bmm(u_out, dgained.mT))
+    dC_parts = (torch.bmm(dCB, B_iG), torch.bmm(dcarried, before.mT))
+    inputs = (x, _view(x), dt, A, D, dy, _view(dy), *du, w_out, lo, da, dkept, *dB_parts, *dC_parts)
+    call("ssd_finish", x, z, *inputs, dx, _view(dx), ddt, dA, dD, dB, _view(dB), dC, _view(dC))
+    return ddt, dA, dD, dinitial
 
 
 def _sizes(x: Tensor, B: Tensor, Q: int) -> Sizes:
