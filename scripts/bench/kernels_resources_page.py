@@ -6,8 +6,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from nemohybrid_kernels.calls import CASES
 from nemohybrid_kernels.launching import ARCHITECTURES, table
-from nemohybrid_kernels.shipped import CASES, TOLERATED
+from nemohybrid_kernels.shipped import TOLERATED
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "kernels_resources.md"
 MEASURED = 4
