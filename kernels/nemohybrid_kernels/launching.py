@@ -59,9 +59,9 @@ class Launch:
 class Recording(list[Launch]):
     """Launches in their order. `entries` are the configurations that were looked up: kernel and place, the last one last."""
 
-    def __init__(self, architecture: int) -> None:
+    def __init__(self, architecture: int, runs: bool) -> None:
         super().__init__()
-        self.architecture = architecture
+        self.architecture, self.runs = architecture, runs
         self.entries: dict[str, list[int]] = {}
 
     def add(self, kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any]) -> None:
@@ -73,11 +73,10 @@ _recorder: ContextVar[Recording | None] = ContextVar("recorder", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
-    """Run `kernel` over `grid`, or record that it would have run."""
+    """Run `kernel` over `grid`, unless launches are only recorded."""
     if (recorder := _recorder.get()) is not None:
         recorder.add(kernel, grid, config, arguments)
-        return
-    if 0 in grid:
+    if 0 in grid or (recorder is not None and not recorder.runs):
         return
     with _on_device_of(arguments):
         kernel[grid](**arguments, **config.tiles, **compiler_options(config))
@@ -95,9 +94,9 @@ def _on_device_of(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def recording(architecture: int) -> Iterator[Recording]:
-    """Within the block nothing runs: what would run on sm_`architecture` is listed. Tensors may be on the meta device."""
-    token = _recorder.set(found := Recording(architecture))
+def recording(architecture: int, *, runs: bool = False) -> Iterator[Recording]:
+    """Within the block what would run on sm_`architecture` is listed; tensors may be on the meta device, unless it `runs`."""
+    token = _recorder.set(found := Recording(architecture, runs))
     try:
         yield found
     finally:

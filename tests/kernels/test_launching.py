@@ -58,6 +58,25 @@ def test_a_recorded_launch_keeps_its_arguments_and_its_place_in_the_table(table)
     assert [it.tensor_bytes for it in found] == [4 * 8 * 2, 4 * 8 * 2 + 4 * 8 * 4]
 
 
+def test_what_is_recorded_runs_only_when_asked_to(table):
+    started = []
+
+    class Kernel(SimpleNamespace):
+        def __getitem__(self, grid):
+            return lambda **arguments: started.append((grid, sorted(arguments)))
+
+    def start():
+        launch(Kernel(__name__="toy"), (2,), Config({"ROWS": 16}, 4, 1), x=torch.empty(1))
+
+    with recording(90) as quiet:
+        start()
+    assert started == []
+    with recording(90, runs=True) as running:
+        start()
+    assert started == [((2,), ["ROWS", "enable_fp_fusion", "num_stages", "num_warps", "x"])]
+    assert (len(quiet), len(running)) == (1, 1)
+
+
 def test_a_recording_within_another_ends_where_it_began(table):
     with recording(90) as outer:
         with recording(80) as inner:
