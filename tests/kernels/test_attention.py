@@ -23,15 +23,21 @@ VARLEN = {
 DOCUMENTS = pytest.mark.parametrize("ids", [None, IDS], ids=["one document", "documents"])
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """What was found of packages in one test is no fact of the next."""
+    packages.forget()
+    yield
+    packages.forget()
+
+
 @pytest.fixture(params=VARLEN)
 def installed(request, monkeypatch):
     """One of the flash-attn packages, alone, on a Hopper GPU."""
-    packages.forget()
     one, function = VARLEN[request.param]
     fake_packages.put(monkeypatch, one.module, flash_attn_varlen_func=function)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    yield one
-    packages.forget()
+    return one
 
 
 def qkv(dtype: torch.dtype, rows: int = 2, length: int = 11, P: int = 8) -> dict[str, torch.Tensor]:
@@ -96,11 +102,9 @@ def test_flash_attn_is_deterministic_where_torch_shall_be(monkeypatch):
         return fake_packages.flash2_varlen(*args, **kwargs)
 
     fake_packages.put(monkeypatch, "flash_attn", flash_attn_varlen_func=spy)
-    packages.forget()
     for wanted in (False, True):
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda wanted=wanted: wanted)
         flash.run(flash.FLASH2, **qkv(torch.bfloat16))
-    packages.forget()
     assert seen == [False, True]
 
 
@@ -112,7 +116,6 @@ def test_flash_attn_is_chosen_for_documents_where_it_is_installed(installed):
 
 
 def test_without_packages_documents_and_caps_are_flexattentions(monkeypatch):
-    packages.forget()
     monkeypatch.setattr(packages, "find_spec", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     for case in (Case(torch.bfloat16, packed=True), Case(torch.float32, capped=True)):
@@ -125,7 +128,6 @@ def test_without_packages_documents_and_caps_are_flexattentions(monkeypatch):
     }.items():
         with pytest.raises(BackendError, match=f"flash_attn is not installed; {words}"):
             decide("attention", name, backends(Case(torch.bfloat16)), CUDA)
-    packages.forget()
 
 
 @pytest.mark.parametrize(
@@ -142,13 +144,11 @@ def test_flash_attn_refuses_what_it_has_no_kernels_for(installed, case, words):
 
 
 def test_flash_attn_3_is_for_hopper(monkeypatch):
-    packages.forget()
     fake_packages.put(monkeypatch, "flash_attn_interface", flash_attn_varlen_func=fake_packages.flash3_varlen)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert flash.obstacle(flash.FLASH3, Case(torch.bfloat16), CUDA) == (
         "flash-attn 3 has no kernels for compute capability 8.0"
     )
-    packages.forget()
 
 
 @pytest.mark.parametrize("length", [1, 300])

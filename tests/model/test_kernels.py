@@ -9,6 +9,7 @@ from nemohybrid.errors import ConfigError
 from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.build import build_model
+from nemohybrid.train.state import fixed_settings
 from nemohybrid_kernels import attention, conv1d, mixer, norm, packages, ssd
 from nemohybrid_kernels.attention import Case
 from nemohybrid_kernels.names import BACKENDS, WITHOUT_SOFTCAP
@@ -17,6 +18,14 @@ CPU = torch.device("cpu")
 TORCH = {"mixer_backend": "separate"} | {
     f"{name}_backend": "torch" for name in ("ssd", "conv1d", "attention", "norm", "moe")
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """What was found of packages in one test is no fact of the next."""
+    packages.forget()
+    yield
+    packages.forget()
 
 
 def bound(model, packed=True, **choices: str) -> list[str]:
@@ -90,13 +99,11 @@ EXTRA = r"pip install 'nemohybrid\[mamba\]'"
 )
 def test_what_is_not_installed_is_refused_before_the_first_step(tiny_model, monkeypatch, choice, words):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    packages.forget()
     monkeypatch.setattr(packages, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=words):
         bind_kernels(
             tiny_model("M*", head_dim=16), KernelsSection(**choice), torch.device("cuda"), torch.bfloat16, True
         )
-    packages.forget()
 
 
 @pytest.mark.parametrize("backend", ["flash2", "flex", "cudnn"])
@@ -111,3 +118,9 @@ def test_a_run_is_built_with_the_backends_it_asks_for():
     model, _ = build_model(config, ParallelContext.single(CPU))
     assert backends_of(model) == {"torch"}
     assert "attention: torch (asked for)" in map(str, model.kernels)
+
+
+def test_a_run_may_be_resumed_with_other_backends():
+    then, now = (load_config(["data=shakespeare", f"kernels={name}"]).as_dict() for name in ("torch", "auto"))
+    assert then["kernels"] != now["kernels"]
+    assert fixed_settings(then) == fixed_settings(now)
