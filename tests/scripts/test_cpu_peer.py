@@ -73,7 +73,11 @@ def test_ratios_compare_neighbouring_turns(peer, pair):
 
 
 def test_results_that_meet_all_conditions_pass(peer, pair):
-    assert peer.failures(*pair) == []
+    assert peer.failures(*pair, peer.PLAIN_SPEED) == []
+
+
+def test_more_is_asked_of_the_kernels_in_cpp(peer, pair):
+    assert peer.failures(*pair, peer.SPEED) == ["FAILED: 1.50 times as fast, less than 1.6"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ def test_results_that_meet_all_conditions_pass(peer, pair):
 )
 def test_a_condition_that_does_not_hold_is_named(peer, pair, change, complaint):
     ours, theirs = pair
-    found = peer.failures(replace(ours, **change), theirs)
+    found = peer.failures(replace(ours, **change), theirs, peer.PLAIN_SPEED)
     assert any(complaint in fault for fault in found), f"{change} gave {found}"
 
 
@@ -111,6 +115,7 @@ def report(pair):
             "sequence_length": 256,
             "steps": 6,
         },
+        "kernels": {"built": False, "words": "not wanted"},
         "tuning": [{"chunk_size": 32, "attention": "sdpa", "seconds": 0.3}],
         "chosen": {"chunk_size": 32, "attention": "sdpa"},
         "busy_during": 0.0,
