@@ -22,7 +22,7 @@ import torch
 from cases import MAIN, TINY, Sizes, grid
 from parts import MIDDLE, PARTS, SCAN, Inputs, Part, Side
 from peer import Peer, PeerMissing, load
-from timing import Times, in_turns, ratios
+from timing import in_turns, ratios
 from torch import Tensor
 
 from nemohybrid_kernels.machine import machine
