@@ -140,7 +140,7 @@ def test_documents_are_made_as_kernels_want_them(scripts):
     assert (starts <= torch.arange(9000)).all()
 
 
-@pytest.mark.parametrize("kernel", ["norm_forward", "ssd_decays"])
+@pytest.mark.parametrize("kernel", ["norm_forward", "conv1d_forward"])
 def test_a_rehearsal_goes_through_the_motions(folder, kernel):
     """Interpreted on the CPU, on whichever architecture that stands for."""
     command = [
