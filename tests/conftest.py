@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from nemohybrid.model import HybridModel
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any test imports one
+
+os.environ["NEMOHYBRID_CACHE"] = str(Path(__file__).parent / "no_cache")  # C++ kernels that this user may have built
 
 TINY = {
     "hidden_size": 24,

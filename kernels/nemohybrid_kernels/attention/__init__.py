@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemohybrid_kernels.attention import flash, flex, sdpa
+from nemohybrid_kernels.attention import cpp, flash, flex, sdpa
 from nemohybrid_kernels.attention.case import Case
 from nemohybrid_kernels.attention.packing import Documents
 from nemohybrid_kernels.attention.reference import attention_torch
@@ -20,7 +20,8 @@ def backends(case: Case) -> dict[str, Backend]:
     """Implementations, the preferred first.
 
     Without documents that is PyTorch's own choice of fused kernels. They know documents only as a mask of all pairs, which
-    is read and computed in full, so on GPUs what skips other documents is preferred, where there is any.
+    is read and computed in full, so on GPUs what skips other documents is preferred, where there is any. On CPUs the C++
+    kernels are, where they are built.
     """
     made = {
         "sdpa": Backend(sdpa.run, partial(sdpa.obstacle, case), partial(_sdpa_reluctance, case)),
@@ -29,6 +30,7 @@ def backends(case: Case) -> dict[str, Backend]:
         "flash2": Backend(partial(flash.run, flash.FLASH2), partial(flash.obstacle, flash.FLASH2, case)),
         "flex": Backend(flex.run, partial(flex.obstacle, case)),
         "cudnn": Backend(sdpa.run_cudnn, partial(sdpa.cudnn_obstacle, case), _cudnn_reluctance),
+        "cpp": Backend(cpp.run, partial(cpp.obstacle, case), partial(cpp.reluctance, case)),
         "torch": Backend(attention_torch),
     }
     return {name: backend for name, backend in made.items() if not case.masked or name in TAKE_MASKS}
@@ -40,6 +42,8 @@ TAKE_MASKS = ("sdpa", "cudnn", "torch")
 def _sdpa_reluctance(case: Case, device: torch.device) -> str | None:
     if case.packed and device.type == "cuda" and flex.obstacle(case, device) is None:
         return "documents would be a mask of all pairs of tokens"
+    if device.type == "cpu" and (cpp.obstacle(case, device) or cpp.reluctance(case, device)) is None:
+        return "the C++ kernels are faster over short rows"
     return None
 
 

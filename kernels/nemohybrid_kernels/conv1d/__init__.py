@@ -10,6 +10,8 @@ from nemohybrid_kernels import launching
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_shape
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
+from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
+from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
 
 
 def backends(dtype: torch.dtype) -> dict[str, Backend]:
@@ -17,6 +19,7 @@ def backends(dtype: torch.dtype) -> dict[str, Backend]:
     return {
         "triton": Backend(_triton, lambda device: launching.obstacle(device, dtype), launching.reluctance),
         "causal_conv1d": Backend(_package, lambda device: _package_obstacle(device, dtype)),
+        "cpp": Backend(_cpp, lambda device: cpp_obstacle(device, dtype), cpp_reluctance),
         "torch": Backend(causal_conv1d_torch),
     }
 
@@ -25,6 +28,10 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     from nemohybrid_kernels.conv1d.triton import causal_conv1d_triton
 
     return causal_conv1d_triton(*args, **kwargs)
+
+
+def _cpp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return import_module("nemohybrid_kernels.conv1d.cpp").causal_conv1d_cpp(*args, **kwargs)
 
 
 def _package(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """All of a Mamba-2 mixer between its two projections."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from nemohybrid_kernels import launching
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_divides, check_shape
+from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
+from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
 from nemohybrid_kernels.errors import ShapeError
 from nemohybrid_kernels.mixer.reference import mamba2_mixer_torch
 from nemohybrid_kernels.ssd import width_obstacle
@@ -19,7 +22,15 @@ def backends(dtype: torch.dtype, P: int = 64, N: int = 128) -> dict[str, Backend
     def obstacle(device: torch.device) -> str | None:
         return width_obstacle(P, N) or launching.obstacle(device, dtype)
 
-    return {"triton": Backend(_triton, obstacle, launching.reluctance), "torch": Backend(mamba2_mixer_torch)}
+    return {
+        "triton": Backend(_triton, obstacle, launching.reluctance),
+        "cpp": Backend(_cpp, lambda device: cpp_obstacle(device, dtype), cpp_reluctance),
+        "torch": Backend(mamba2_mixer_torch),
+    }
+
+
+def _cpp(*args: Any, **kwargs: Any) -> Tensor:
+    return import_module("nemohybrid_kernels.mixer.cpp").mamba2_mixer_cpp(*args, **kwargs)
 
 
 def _triton(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Root-mean-square norms: the plain one before every layer, and the gated one of Mamba-2."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from nemohybrid_kernels import launching
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_divides, check_shape
+from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
+from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
 from nemohybrid_kernels.norm import reference
 
 __all__ = ["backends", "gated_backends", "gated_rms_norm", "rms_norm"]
@@ -19,7 +22,7 @@ WIDEST, WIDEST_GATED = 16384, 8192
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019).
 
-    x [..., D], weight [D]. backend "triton", "torch", or "auto", the first of them that can run. Returns x's shape and
+    x [..., D], weight [D]. backend "triton", "cpp", "torch", or "auto", the first of them that can run. Returns x's shape and
     type; all between is fp32, or float64 for float64. Deterministic. Raises BackendError, ShapeError.
     """
     D = x.shape[-1]
@@ -45,13 +48,14 @@ def gated_rms_norm(
 
 def backends(dtype: torch.dtype, width: int = 1) -> dict[str, Backend]:
     """Implementations of `rms_norm` for inputs of `dtype` and `width` channels, the fastest first."""
-    return {"triton": _triton("rms_norm_triton", dtype, width, WIDEST), "torch": Backend(reference.rms_norm)}
+    triton = _triton("rms_norm_triton", dtype, width, WIDEST)
+    return {"triton": triton, "cpp": _cpp("rms_norm_cpp", dtype), "torch": Backend(reference.rms_norm)}
 
 
 def gated_backends(dtype: torch.dtype, group_size: int = 1) -> dict[str, Backend]:
     """Implementations of `gated_rms_norm`, likewise."""
     triton = _triton("gated_rms_norm_triton", dtype, group_size, WIDEST_GATED)
-    return {"triton": triton, "torch": Backend(reference.gated_rms_norm)}
+    return {"triton": triton, "cpp": _cpp("gated_rms_norm_cpp", dtype), "torch": Backend(reference.gated_rms_norm)}
 
 
 def _triton(name: str, dtype: torch.dtype, width: int, widest: int) -> Backend:
@@ -66,3 +70,10 @@ def _triton(name: str, dtype: torch.dtype, width: int, widest: int) -> Backend:
         return launching.obstacle(device, dtype)
 
     return Backend(run, obstacle, launching.reluctance)
+
+
+def _cpp(name: str, dtype: torch.dtype) -> Backend:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        return getattr(import_module("nemohybrid_kernels.norm.cpp"), name)(*args, **kwargs)
+
+    return Backend(run, lambda device: cpp_obstacle(device, dtype), cpp_reluctance)

@@ -1,5 +1,6 @@
 """The state-space scan of Mamba-2."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from nemohybrid_kernels import launching
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_divides, check_shape
+from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
+from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
 from nemohybrid_kernels.ssd.reference import ssd_chunked
 
 WIDEST_HEAD, WIDEST_STATE = 128, 256
@@ -23,6 +26,7 @@ def backends(dtype: torch.dtype, P: int = 64, N: int = 128) -> dict[str, Backend
     return {
         "triton": Backend(_triton, obstacle, launching.reluctance),
         "mamba_ssm": Backend(_mamba_ssm, _mamba_ssm_obstacle),
+        "cpp": Backend(_cpp, lambda device: cpp_obstacle(device, dtype), cpp_reluctance),
         "torch": Backend(ssd_chunked),
     }
 
@@ -38,6 +42,10 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     from nemohybrid_kernels.ssd.triton.op import ssd_scan_triton
 
     return ssd_scan_triton(*args, **kwargs)
+
+
+def _cpp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return import_module("nemohybrid_kernels.ssd.cpp").ssd_scan_cpp(*args, **kwargs)
 
 
 def _mamba_ssm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -76,7 +84,8 @@ def ssd_scan(
     [batch, H, P, N] continues the first document of each row. x, B and C may be bf16 or fp32; dt, A, D and the decays
     are fp32; a float64 x makes everything float64. chunk_size None picks the best for device and head dimension.
 
-    backend: "triton", "mamba_ssm" (of the package of that name), "torch", or "auto", the first of them that can run.
+    backend: "triton", "mamba_ssm" (of the package of that name), "cpp" (for CPUs), "torch", or "auto", the first of
+    them that can run.
 
     Returns y like x, and the state after the last token, [batch, H, P, N] in fp32. Differentiable in every floating
     input. Deterministic. Raises BackendError, ShapeError. Twin: `reference.ssd_chunked`; oracle:

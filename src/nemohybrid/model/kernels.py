@@ -112,7 +112,7 @@ def _bind_mixer(layer: Mamba2, section: KernelsSection, calls: Calls) -> Choice:
     possible = _decided(Slot("mamba2_mixer", "mixer_backend", backends), wanted, calls.device)
     if layer.is_fused(torch.empty(0, dtype=calls.dtype, device=calls.device)):
         return possible
-    reason = (
-        "auto; not triton: a part of it is another's, or has a norm" if possible.backend == "triton" else possible.why
-    )
+    reason = possible.why
+    if possible.backend != "torch":
+        reason = f"auto; not {possible.backend}: a part of it is another's, or has a norm"
     return Choice("mamba2_mixer", "separate", layer.forward, reason)

@@ -155,14 +155,19 @@ class Mamba2(Mixer):
         return seq.leave(self.out_proj(self.norm(y, z).reshape(seq.tokens, -1)))
 
     def is_fused(self, like: Tensor) -> bool:
-        """Whether rows of `like`'s type and device go through one operator: where it is fast, and no part is asked for
-        otherwise. It knows no norms of x, B and C, and no state to go on from."""
+        """Whether rows of `like`'s type and device go through one operator."""
+        return self.fused_backend(like) is not None
+
+    def fused_backend(self, like: Tensor) -> str | None:
+        """The backend of that operator where it is fast, and no part is asked for otherwise. It knows no norms of x, B and
+        C, and no state to go on from."""
         parts = {self.backend, self.conv.backend, self.norm.backend}
         extras = self.x_norm or self.B_norm or self.C_norm
-        if self.mixer_backend == "separate" or extras is not None or not parts <= {"auto", "triton"}:
-            return False
+        if self.mixer_backend == "separate" or extras is not None or not parts <= {"auto", "triton", "cpp"}:
+            return None
         backends = mixer_backends(like.dtype, self.inner // self.heads, self.state)
-        return decide("mamba2_mixer", self.mixer_backend, backends, like.device).backend == "triton"
+        backend = decide("mamba2_mixer", self.mixer_backend, backends, like.device).backend
+        return None if backend == "torch" else backend
 
     def _all_at_once(self, zxbcdt: Tensor, ids: Tensor | None) -> Tensor:
         """zxbcdt [B, L, ...] -> y [B, L, I], normed."""
@@ -182,7 +187,7 @@ class Mamba2(Mixer):
             document_ids=ids,
             dt_limit=self.dt_limit,
             chunk_size=self.chunk_size,
-            backend="triton",
+            backend=self.mixer_backend,
         )
 
     def _past(self, seq: SequenceContext) -> MambaState | None:

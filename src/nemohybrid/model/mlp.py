@@ -8,11 +8,7 @@ from nemohybrid.model.linear import COLUMN, ROW, Linear
 from nemohybrid.model.mixer import Mixer, mixer, residual_std
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
-
-
-def squared_relu(h: Tensor) -> Tensor:
-    """relu(h)^2 (So et al. 2021, Primer)."""
-    return F.relu(h).square()
+from nemohybrid_kernels.activation import squared_relu
 
 
 def swiglu(h: Tensor) -> Tensor:

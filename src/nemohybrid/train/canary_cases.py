@@ -154,7 +154,8 @@ def mixer_case(layer: Mamba2, calls: Calls) -> Case:
         return mamba2_mixer(conv_bias=conv_bias, **given, **how)
 
     sizes = f"{H} heads of {inner // H}, {G} groups, state {N}, {taps} taps"
-    return _made("mamba2_mixer", "triton", sizes, calls, inputs, run)
+    backend = layer.fused_backend(torch.empty(0, dtype=calls.dtype, device=calls.device)) or "torch"
+    return _made("mamba2_mixer", backend, sizes, calls, inputs, run)
 
 
 def scan_case(layer: Mamba2, calls: Calls) -> Case:
