@@ -1,10 +1,12 @@
 """The feed-forward experts of a mixture: every token visits K of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemohybrid_kernels import launching
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_shape
 from nemohybrid_kernels.moe import products
@@ -36,8 +38,9 @@ def expert_mlp(
     part of x are zero, whatever x holds. It takes memory like another, but no products.
 
     backend: "grouped" sorts once, keeps little, and multiplies all experts together, on GPUs by torch's grouped_mm (bf16,
-    widths that are multiples of 8, Hopper or later); "torch" is its twin, a loop in plain autograd.
-    Raises BackendError, ShapeError.
+    widths that are multiples of 8, Hopper or later); "triton" is the same with kernels of ours between the products, one
+    of which is the activation if that is `nemohybrid_kernels.activation.squared_relu`; "torch" is their twin, a loop in
+    plain autograd. Raises BackendError, ShapeError.
     """
     (T, D), (E, _, F) = x.shape, down.shape
     check_shape("expert_weights", expert_weights, T=T, K=expert_ids.shape[-1])
@@ -45,9 +48,25 @@ def expert_mlp(
     check_shape("up", up, E=E, F=up.shape[1], D=D)
     check_shape("down", down, E=E, D=D, F=F)
 
-    def obstacle(device: torch.device) -> str | None:
-        return products.obstacle(x.dtype, (D, up.shape[1], F), device) if device.type == "cuda" else None
-
-    backends = {"grouped": Backend(expert_mlp_grouped, obstacle), "torch": Backend(expert_mlp_torch)}
-    run = choose("expert_mlp", backend, backends, x.device)
+    possible = backends(x.dtype, D, up.shape[1], F)
+    run = choose("expert_mlp", backend, possible, x.device)
     return run(x, expert_ids, expert_weights, up, down, activation=activation, absent=absent)
+
+
+def backends(dtype: torch.dtype, *widths: int) -> dict[str, Backend]:
+    """Implementations for rows of `dtype` and matrices of these `widths`, the fastest first."""
+
+    def obstacle(device: torch.device) -> str | None:
+        return products.obstacle(dtype, widths, device) if device.type == "cuda" else None
+
+    return {
+        "triton": Backend(_triton, lambda device: launching.obstacle(device, dtype), launching.reluctance),
+        "grouped": Backend(expert_mlp_grouped, obstacle),
+        "torch": Backend(expert_mlp_torch),
+    }
+
+
+def _triton(*args: Any, **kwargs: Any) -> Tensor:
+    from nemohybrid_kernels.moe.triton import expert_mlp_triton
+
+    return expert_mlp_triton(*args, **kwargs)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemohybrid_kernels.moe.activation import Activation, activate, activate_backward
+from nemohybrid_kernels.moe.activation import Activation
+from nemohybrid_kernels.moe.passes import TORCH, Passes
 from nemohybrid_kernels.moe.products import Products, products_for
-from nemohybrid_kernels.moe.visits import Visits, by_visit, sort_by_expert, sum_by_token
+from nemohybrid_kernels.moe.visits import Visits, sort_by_expert
 
 # T tokens, D hidden, K experts of a token, n = T*K visits, E experts, F width of an expert
 
@@ -23,6 +24,7 @@ def expert_mlp_grouped(
     activation: Activation,
     products: Products | None = None,
     absent: bool = False,
+    passes: Passes = TORCH,
 ) -> Tensor:
     """Arguments and result as in `nemohybrid_kernels.moe.expert_mlp`; twin: `reference.expert_mlp_torch`.
 
@@ -35,7 +37,7 @@ def expert_mlp_grouped(
     if products is None:
         products = products_for(x.dtype, (x.shape[1], up.shape[1], down.shape[2]), x.device)
     visits = sort_by_expert(expert_ids, len(up), absent)
-    return _Experts.apply(x, expert_weights, up, down, visits, activation, products)  # pyright: ignore[reportReturnType]
+    return _Experts.apply(x, expert_weights, up, down, visits, activation, products, passes)  # pyright: ignore[reportReturnType]
 
 
 class _Experts(torch.autograd.Function):
@@ -49,23 +51,25 @@ class _Experts(torch.autograd.Function):
         visits: Visits,
         activation: Activation,
         products: Products,
+        passes: Passes,
     ) -> Tensor:
-        up_out = products.rows(x.index_select(0, visits.tokens), up.to(x.dtype).mT, visits)
-        hidden = activate(up_out, visits.by_place(weights_TK), activation, down.shape[2])
+        up_out = products.rows(passes.permute(x, visits), up.to(x.dtype).mT, visits)
+        hidden = passes.activate(up_out, weights_TK, visits, activation, down.shape[2])
         ctx.save_for_backward(x, weights_TK, up, down, up_out, visits.order, visits.place, visits.ends)
-        ctx.activation, ctx.products, ctx.absent = activation, products, visits.absent
-        return sum_by_token(products.rows(hidden, down.to(x.dtype).mT, visits), visits)
+        ctx.activation, ctx.products, ctx.passes, ctx.absent = activation, products, passes, visits.absent
+        return passes.unpermute(products.rows(hidden, down.to(x.dtype).mT, visits), visits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weights_TK, up, down, up_out, order, place, ends = ctx.saved_tensors
         visits, products = Visits(order, place, ends, weights_TK.shape[1], ctx.absent), ctx.products
-        d_out = grads[0].index_select(0, visits.tokens)
+        passes, activation = ctx.passes, ctx.activation
+        d_out = passes.permute(grads[0], visits)
         hidden = products.rows(d_out, down.to(x.dtype), visits)  # its gradient, until the next line
-        d_up_out, d_weights = activate_backward(up_out, visits.by_place(weights_TK), hidden, ctx.activation)
+        d_up_out, d_weights = passes.activate_backward(up_out, weights_TK, hidden, visits, activation)
         d_down = products.matrices(d_out, hidden, visits).to(down.dtype)
         del d_out, hidden  # here a step needs most memory
-        d_up = products.matrices(d_up_out, x.index_select(0, visits.tokens), visits).to(up.dtype)
-        d_x = sum_by_token(products.rows(d_up_out, up.to(x.dtype), visits), visits)
-        return d_x, by_visit(d_weights, visits).view_as(weights_TK), d_up, d_down, None, None, None
+        d_up = products.matrices(d_up_out, passes.permute(x, visits), visits).to(up.dtype)
+        d_x = passes.unpermute(products.rows(d_up_out, up.to(x.dtype), visits), visits)
+        return d_x, d_weights, d_up, d_down, None, None, None, None

@@ -25,10 +25,15 @@ class Visits:
     per_token: int  # K
     absent: bool = False
 
-    @cached_property
+    @property
     def tokens(self) -> Tensor:
         """[n] int64: the token that stands at each place."""
         return self.order // self.per_token
+
+    @property
+    def end(self) -> Tensor | None:
+        """[1] int32: the place where the visits to nobody begin; None where there can be none."""
+        return self.ends[-1:] if self.absent else None
 
     @cached_property
     def counts(self) -> list[int]:
