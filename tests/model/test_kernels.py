@@ -10,13 +10,13 @@ from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.build import build_model
 from nemohybrid.train.state import fixed_settings
-from nemohybrid_kernels import attention, conv1d, mixer, norm, packages, ssd
+from nemohybrid_kernels import attention, conv1d, cross_entropy, mixer, moe, norm, packages, ssd
 from nemohybrid_kernels.attention import Case
 from nemohybrid_kernels.names import BACKENDS, WITHOUT_SOFTCAP
 
 CPU = torch.device("cpu")
 TORCH = {"mixer_backend": "separate"} | {
-    f"{name}_backend": "torch" for name in ("ssd", "conv1d", "attention", "norm", "moe")
+    f"{name}_backend": "torch" for name in ("ssd", "conv1d", "attention", "norm", "moe", "cross_entropy")
 }
 
 
@@ -41,6 +41,8 @@ def test_the_names_in_the_configuration_are_those_of_the_operators():
     assert {*ssd.backends(fp32)} == possible["ssd"]
     assert {*conv1d.backends(fp32)} == possible["conv1d"]
     assert {*norm.backends(fp32)} == {*norm.gated_backends(fp32)} == possible["norm"]
+    assert {*moe.backends(fp32)} == possible["moe"]
+    assert {*cross_entropy.backends(fp32)} == possible["cross_entropy"]
     assert {*attention.backends(Case(fp32))} == possible["attention"]
     assert {*mixer.backends(fp32)} - {"torch"} == possible["mixer"] - {"separate"}
 
@@ -57,6 +59,7 @@ def test_on_a_cpu_everything_is_pytorch_and_every_operator_is_named_once(tiny_mo
     assert [line.partition(":")[0] for line in lines] == [
         "attention",
         "causal_conv1d",
+        "cross_entropy",
         "expert_mlp",
         "gated_rms_norm",
         "mamba2_mixer",
@@ -64,6 +67,7 @@ def test_on_a_cpu_everything_is_pytorch_and_every_operator_is_named_once(tiny_mo
         "ssd_scan",
     ]
     assert "attention: sdpa (auto)" in lines
+    assert any(line.startswith("cross_entropy: plain (auto; not triton: the interpreter") for line in lines)
     assert any(line.startswith("ssd_scan: torch (auto; not triton: the interpreter is for tests") for line in lines)
     assert any(line.startswith("mamba2_mixer: separate (auto; not triton:") for line in lines)
 

@@ -16,7 +16,7 @@ from nemohybrid.parallel.context import Group, ParallelContext
 from nemohybrid.parallel.layout import ParamLayout, Piece, Shard, layout_of, parameter
 from nemohybrid.parallel.tensor import TensorRanks, best_column, gathered_columns
 from nemohybrid.precision.gemm import Gemm, plain_gemm
-from nemohybrid_kernels.cross_entropy import cross_entropy, cross_entropy_of_columns
+from nemohybrid_kernels.cross_entropy import linear_cross_entropy
 
 
 def padded_vocabulary(config: ModelConfig) -> int:
@@ -31,7 +31,8 @@ class VocabularyMatrix(nn.Module):
     before it is added to that of the others. One cast for all of them would add the gradients in bf16, where those of MTP,
     a twentieth of the main one, get lost: Nemotron 3 Ultra diverged of that.
 
-    Tensor ranks share the rows, as equally as they divide; no rank ever holds all logits, but in `logits`.
+    Tensor ranks share the rows, as equally as they divide; no rank ever holds all logits, but in `logits`. The loss need not
+    hold those of all tokens either (`backend`), where the product is the plain one.
     """
 
     def __init__(self, config: ModelConfig, context: ParallelContext | None = None) -> None:
@@ -39,6 +40,7 @@ class VocabularyMatrix(nn.Module):
         self.vocab_size = config.vocab_size or 0
         self.role = "vocabulary"
         self.gemm: Gemm = plain_gemm
+        self.backend = "auto"  # of the loss
         shape = (padded_vocabulary(config), config.hidden_size)
         piece = Piece("", shape, normal(config.init_std), filled=self.vocab_size)
         self.weight = parameter(piece, shard=Shard(axis=0, even=False), context=context)
@@ -78,11 +80,11 @@ class VocabularyMatrix(nn.Module):
 
     def cross_entropy(self, x: Tensor, labels: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D], this rank's tokens; labels [T] of all tokens -> losses of all tokens [T], fp32, the same on every rank."""
-        logits, group = self.own_logits(seq.enter(x)), seq.ranks.group
-        if group.size == 1:
-            return cross_entropy(logits, labels)
-        largest, total = partial(largest_over, group=group), partial(sum_over, group=group)
-        return cross_entropy_of_columns(logits, labels, self.first, largest, total)
+        group, backend = seq.ranks.group, self.backend if self.gemm is plain_gemm else "plain"
+        how = {"columns": self.columns, "first": self.first, "product": self.gemm, "backend": backend}
+        if group.size > 1:
+            how |= {"largest": partial(largest_over, group=group), "total": partial(sum_over, group=group)}
+        return linear_cross_entropy(seq.enter(x), self.weight, labels, **how)
 
     def most_likely(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D], this rank's tokens -> for all tokens the id with the largest logit, [T] int64. Not differentiable."""
