@@ -13,16 +13,24 @@ from nemohybrid.config.model import ModelConfig
 from nemohybrid.model import HybridModel, SequenceContext
 from nemohybrid.model.attention import Attention
 from nemohybrid.model.kernels import bind_kernels
-from nemohybrid.model.moe.layer import MoE
-from nemohybrid.train.canary_cases import Calls, attention_case, cases_of, experts_case
+from nemohybrid.train.canary_cases import Calls, attention_case, cases_of
 from nemohybrid_kernels.canary import Case
 from nemohybrid_kernels.launching import recording
 from nemohybrid_kernels.moe import grouped, products
 
 Run = Callable[..., Tensor | tuple[Tensor, ...]]
 CPU = torch.device("cpu")
-OPERATORS = ("mamba2_mixer", "ssd_scan", "causal_conv1d", "rms_norm", "gated_rms_norm", "attention", "expert_mlp")
-TRITON = {f"{name}_backend": "triton" for name in ("ssd", "conv1d", "norm")}
+OPERATORS = (
+    "mamba2_mixer",
+    "ssd_scan",
+    "causal_conv1d",
+    "rms_norm",
+    "gated_rms_norm",
+    "attention",
+    "expert_mlp",
+    "cross_entropy",
+)
+TRITON = {f"{name}_backend": "triton" for name in ("ssd", "conv1d", "norm", "moe", "cross_entropy")}
 SIZES = {
     "hidden_size": 256,
     "vocab_size": 512,
@@ -51,10 +59,6 @@ def case_of(operator: str, model: nn.Module, device: torch.device, packed: bool,
     calls = Calls.of(torch.bfloat16, device, packed, chunk_size)
     if operator == "attention":
         return attention_case(next(module for module in model.modules() if isinstance(module, Attention)), calls)
-    if operator == "expert_mlp":
-        layer = next(module for module in model.modules() if isinstance(module, MoE))
-        layer.experts.backend = "grouped"
-        return experts_case(layer, calls)
     return next(case for case in cases_of(model, calls) if case.operator == operator)
 
 
@@ -142,7 +146,8 @@ def test_a_captured_mamba_layer_computes_what_a_call_does(fused, packed):
 def test_no_operator_waits_for_the_host(operator, packed, tiny_model, monkeypatch):
     """Of those for GPUs. Their kernels are listed and not run: it is the host's code that could wait."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(grouped, "products_for", lambda *_: products.GROUPED_MM)  # as on a GPU
+    for module in (grouped, products):
+        monkeypatch.setattr(module, "products_for", lambda *_: products.GROUPED_MM)  # as on a GPU
     case = case_of(operator, tiny_model("M*E", moe_ffn_hidden_size=16), CPU, packed, chunk_size=8)
     given = case.inputs()
     with recording(90) as launches, nothing_waits():

@@ -1,7 +1,7 @@
 """The calls that a model makes of operators with fused kernels, cut down to a few hundred tokens, for the kernel canary."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemohybrid.model.attention import Attention
+from nemohybrid.model.embedding import VocabularyMatrix
 from nemohybrid.model.mamba2 import CausalConv, Mamba2
 from nemohybrid.model.moe.layer import MoE
 from nemohybrid.model.norm import GatedRMSNorm, RMSNorm
 from nemohybrid_kernels.attention import Documents, attention
 from nemohybrid_kernels.canary import Case, Tensors
 from nemohybrid_kernels.conv1d import causal_conv1d
+from nemohybrid_kernels.cross_entropy import linear_cross_entropy
 from nemohybrid_kernels.mixer import mamba2_mixer
 from nemohybrid_kernels.moe import expert_mlp
 from nemohybrid_kernels.norm import gated_rms_norm, rms_norm
@@ -28,6 +30,8 @@ PLAIN = ("torch", "plain", "separate")
 OF_TORCH = ("auto", "sdpa", "grouped")
 """PyTorch's own kernels: on CPUs they are not suspected of anything."""
 ROWS, MOST_EXPERTS = 2, 8
+MOST_WEIGHTS = 2**26
+"""Of an output projection: 0.5 GB in float64."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ def _case(module: nn.Module, calls: Calls) -> Case | None:
             return attention_case(module, calls)
         case MoE() if calls.is_suspect(module.experts.backend):
             return experts_case(module, calls)
+        case VocabularyMatrix() if calls.is_suspect(module.backend):
+            return loss_case(module, calls)
         case _:
             return None
 
@@ -245,3 +251,18 @@ def experts_case(layer: MoE, calls: Calls) -> Case:
 
     run = partial(expert_mlp, activation=experts.activation)
     return _made("expert_mlp", experts.backend, f"{E} experts of {F_}, {D} channels, {K} a token", calls, inputs, run)
+
+
+def loss_case(matrix: VocabularyMatrix, calls: Calls) -> Case:
+    """The output projection and its loss, as of a rank that has all columns. The twin makes all logits."""
+    held, D = matrix.weight.shape
+    padding, W = held - matrix.columns, min(held, max(MOST_WEIGHTS // D, held - matrix.columns + 1))
+    T = ROWS * calls.length
+
+    def inputs(draw: Draw) -> Tensors:
+        labels = torch.randint(W - padding, (T,), generator=draw.generator)
+        return {"x": draw.normal(T, D), "weight": draw.weight(W, D, scale=D**-0.5), "labels": labels}
+
+    run = partial(linear_cross_entropy, columns=W - padding)
+    case = _made("cross_entropy", matrix.backend, f"{D} channels, {W} rows, {padding} padding", calls, inputs, run)
+    return replace(case, twin=partial(run, backend="plain"))
