@@ -7,7 +7,8 @@ import fake_packages
 import pytest
 import torch
 
-from nemohybrid_kernels import conv1d, packages
+from nemohybrid_kernels import packages
+from nemohybrid_kernels.conv1d import package
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
 from nemohybrid_kernels.errors import BackendError
 from nemohybrid_kernels.ssd import mamba_ssm
@@ -100,7 +101,7 @@ def test_the_convolution_of_causal_conv1d_is_called_as_it_wants(
 ):
     inputs = conv_inputs(C, state, documents)
     want = results_and_gradients(causal_conv1d_torch, inputs)
-    assert_same(results_and_gradients(conv1d._adapter().run, inputs), want, 1e-5)
+    assert_same(results_and_gradients(package.run, inputs), want, 1e-5)
 
 
 @pytest.mark.parametrize("L", [1, 2])
@@ -108,12 +109,12 @@ def test_the_convolution_of_causal_conv1d_is_called_as_it_wants(
 def test_rows_shorter_than_the_filter_keep_some_of_the_inputs_before(L, activation, assert_same):
     inputs = conv_inputs(8, True, True)
     inputs |= {"x": inputs["x"][:, :L], "document_ids": inputs["document_ids"][:, :L]}
-    got, want = (run(**inputs, activation=activation) for run in (conv1d._adapter().run, causal_conv1d_torch))
+    got, want = (run(**inputs, activation=activation) for run in (package.run, causal_conv1d_torch))
     assert_same(dict(enumerate(got)), dict(enumerate(want)), 1e-6)
 
 
 def test_a_row_cut_from_a_wider_one_is_copied_only_where_it_must(assert_same):
-    run, inputs = conv1d._adapter().run, conv_inputs(16, False, False)
+    run, inputs = package.run, conv_inputs(16, False, False)
     for width in (24, 21):
         view = torch.cat([inputs["x"], inputs["x"]], 2)[..., :width].contiguous()[..., :16]
         assert_same(dict(enumerate(run(**inputs | {"x": view}))), dict(enumerate(run(**inputs))), 0.0)
@@ -121,11 +122,11 @@ def test_a_row_cut_from_a_wider_one_is_copied_only_where_it_must(assert_same):
 
 def test_a_filter_of_five_taps_is_refused():
     with pytest.raises(BackendError, match="filters of 2 to 4 taps, not of 5"):
-        conv1d._adapter().run(**conv_inputs(8, False, False, K=5))
+        package.run(**conv_inputs(8, False, False, K=5))
 
 
 def test_what_is_not_installed_names_the_extra(none_installed):
-    for module in (mamba_ssm, conv1d._adapter()):
+    for module in (mamba_ssm, package):
         for device in (CUDA, CPU):
             assert "pip install 'nemohybrid[mamba]'" in (module.obstacle(device) or "")
         with pytest.raises(BackendError, match=r"is not installed; pip install 'nemohybrid\[mamba\]'"):
@@ -133,7 +134,7 @@ def test_what_is_not_installed_names_the_extra(none_installed):
 
 
 def test_what_is_installed_works_on_gpus_alone():
-    for module in (mamba_ssm, conv1d._adapter()):
+    for module in (mamba_ssm, package):
         assert module.obstacle(CUDA) is None
         assert module.obstacle(CPU) == "it needs a CUDA device"
         assert "not float64" in (module.obstacle(CUDA, torch.float64) or "")

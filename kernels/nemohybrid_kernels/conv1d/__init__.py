@@ -9,6 +9,7 @@ from torch import Tensor
 from nemohybrid_kernels import launching
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_shape
+from nemohybrid_kernels.conv1d import package
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
 from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
 from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
@@ -18,7 +19,7 @@ def backends(dtype: torch.dtype) -> dict[str, Backend]:
     """Implementations for inputs of `dtype`, the fastest first."""
     return {
         "triton": Backend(_triton, lambda device: launching.obstacle(device, dtype), launching.reluctance),
-        "causal_conv1d": Backend(_package, lambda device: _package_obstacle(device, dtype)),
+        "causal_conv1d": Backend(package.run, lambda device: package.obstacle(device, dtype)),
         "cpp": Backend(_cpp, lambda device: cpp_obstacle(device, dtype), cpp_reluctance),
         "torch": Backend(causal_conv1d_torch),
     }
@@ -32,22 +33,6 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 def _cpp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return import_module("nemohybrid_kernels.conv1d.cpp").causal_conv1d_cpp(*args, **kwargs)
-
-
-def _package(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return _adapter().run(*args, **kwargs)
-
-
-def _package_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "it needs a CUDA device" if device.type != "cuda" else _adapter().obstacle(device, dtype)
-
-
-def _adapter() -> Any:
-    """The module has the operator's name, and importing it the first time puts it in the operator's place: undone here."""
-    operator = causal_conv1d
-    module = import_module("nemohybrid_kernels.conv1d.causal_conv1d")
-    globals()["causal_conv1d"] = operator
-    return module
 
 
 def causal_conv1d(
