@@ -13,9 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nemohybrid_kernels.activation import triton as relu2
 from nemohybrid_kernels.conv1d import triton as conv1d
+from nemohybrid_kernels.cross_entropy import triton as cross_entropy
 from nemohybrid_kernels.launching import Recording, recording
 from nemohybrid_kernels.mixer import triton as mixer
+from nemohybrid_kernels.moe import triton as moe
 from nemohybrid_kernels.norm import triton as norm
 from nemohybrid_kernels.ssd import triton as ssd
 
@@ -24,8 +27,8 @@ Results = list[Tensor]
 
 
 class Maker(Protocol):
-    """A tensor whose entries are `like` "normal" ones, "steps" (small, positive), "rates" (negative) or "starts"
-    (int32 [b, L], as `document_starts` gives them)."""
+    """A tensor whose entries are `like` "normal" ones, "steps" (small, positive), "rates" (negative), "starts" (int32 [b, L],
+    as `document_starts` gives them), an "order" (int64 [n], each number below n once) or "labels" (int64 below 131,072)."""
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, like: str) -> Tensor: ...
 
@@ -123,6 +126,45 @@ def run_norm(size: int, dtype: torch.dtype, tokens: int, make: Maker) -> Results
     return [y, *norm.rms_backward(make((tokens, size), dtype, "normal"), x, weight, rstd)]
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Sizes of a mixture: those of Nemotron 3 Nano 30B-A3B (its config.json)."""
+
+    tokens: int = 8192
+    hidden: int = 2688
+    width: int = 1856
+    per_token: int = 6
+    dtype: torch.dtype = BF16
+
+
+def run_experts(sizes: Experts, make: Maker) -> Results:
+    """What lies between the products of the experts, forward and backward."""
+    n, dtype = sizes.tokens * sizes.per_token, sizes.dtype
+    x, up_out = make((sizes.tokens, sizes.hidden), dtype, "normal"), make((n, sizes.width), dtype, "normal")
+    order, end = make((n,), torch.int64, "order"), None
+    weights = relu2.Weights(make((n,), FP32, "steps"), order, end)
+    rows = moe.permute(x, order, end, sizes.per_token)
+    hidden = relu2.forward(up_out, weights)
+    tokens = moe.unpermute(rows, make((n,), torch.int64, "order"), end, sizes.per_token)
+    dout = make((n, sizes.width), dtype, "normal")  # becomes `hidden`
+    return [rows, hidden, tokens, *relu2.weighted_backward(dout, up_out, weights)]
+
+
+def run_squared_relu(width: int, dtype: torch.dtype, make: Maker) -> Results:
+    """Of a feed-forward layer of `width`."""
+    x = make((8192, width), dtype, "normal")
+    return [relu2.forward(x), relu2.backward(make((8192, width), dtype, "normal"), x)]
+
+
+def run_loss(tokens: int, columns: int, dtype: torch.dtype, make: Maker) -> Results:
+    """Of a chunk of logits, which become their gradient."""
+    logits, labels = make((tokens, columns), dtype, "normal"), make((tokens,), torch.int64, "labels")
+    out = make((3, tokens), FP32, "normal")
+    cross_entropy.statistics_of_rows(logits, labels, columns, out)
+    cross_entropy.gradient_of_rows(logits, labels, columns, out[:2], make((tokens,), FP32, "normal"))
+    return [out, logits]
+
+
 def _present(results: Iterable[Tensor | None]) -> Results:
     return [result for result in results if result is not None]
 
@@ -147,4 +189,11 @@ CASES = [
     *of_mixers("ssd", run_scan, with_initial_state=Mixer(packed=True)),
     *(Case(f"norm of {size}", partial(run_norm, size, BF16, 8192)) for size in (4096, 8192, 16384)),
     Case("norm of 4096 fp32", partial(run_norm, 4096, FP32, 8192)),
+    Case("experts", partial(run_experts, Experts())),
+    Case("experts fp32", partial(run_experts, Experts(dtype=FP32))),
+    *(
+        Case(f"squared ReLU {name}", partial(run_squared_relu, 21504, of))
+        for name, of in (("bf16", BF16), ("fp32", FP32))
+    ),
+    *(Case(f"loss {name}", partial(run_loss, 4096, 131072, of)) for name, of in (("bf16", BF16), ("fp32", FP32))),
 ]

@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nemohybrid_kernels.ahead_of_time import Compilation, Resources, compilation_of
 from nemohybrid_kernels.calls import CASES
-from nemohybrid_kernels.launching import ARCHITECTURES
 
 FP32_OF_256 = "fp32 with a state of 256 is for checks; its tiles of 16 tokens, the least there are, do not fit"
 
 TOLERATED = {
     ("ssd_scan", "fp32", "N=256"): FP32_OF_256,
     ("ssd_pair_gradients", "fp32", "N=256"): FP32_OF_256,
-    ("ssd_decays", "fp32", "CHUNK=128"): "only where the scan is called by itself with steps in fp32",
     ("norm_backward", "bf16", "BLOCK=16384"): "no published model has rows or groups of more than 8192 channels",
 }
 """Kernels that spill registers all the same, and why: by name, type and a size."""
@@ -27,12 +24,6 @@ class Binary:
     entry: int | None
     compilation: Compilation
 
-    @property
-    def likeness(self) -> tuple[Any, ...]:
-        """Binaries with the same differ in what is known of strides and lengths, and in whether there are documents."""
-        of = self.compilation
-        return of.kernel, of.architecture, of.dtype, self.entry, of.config.warps, of.config.stages, *of.sizes.items()
-
     def faults(self, found: Resources) -> list[str]:
         of = self.compilation
         return found.faults(of.architecture, of.dtype)
@@ -45,19 +36,13 @@ class Binary:
         return next((key for key in TOLERATED if key[:2] == (of.name, of.dtype) and key[2] in sizes), None)
 
 
-def binaries(
-    architectures: Sequence[int], only: Sequence[str] = (), full: Sequence[int] = ARCHITECTURES
-) -> list[Binary]:
-    """Each once, those of which case and kernel hold all parts of `only`. Outside of `full`, one of those that are alike."""
+def binaries(architectures: Sequence[int], only: Sequence[str] = ()) -> list[Binary]:
+    """Each once, those of which case and kernel hold all parts of `only`."""
     found: dict[str, Binary] = {}
     for architecture in architectures:
-        alike: set[tuple[Any, ...]] = set()
         for case in CASES:
             for launch in case.launches(architecture):
-                if not all(part in f"{case.name} {launch.kernel.__name__}" for part in only):
-                    continue
-                binary = Binary(case.name, launch.entry, compilation_of(launch, architecture))
-                if architecture in full or binary.likeness not in alike:
+                if all(part in f"{case.name} {launch.kernel.__name__}" for part in only):
+                    binary = Binary(case.name, launch.entry, compilation_of(launch, architecture))
                     found.setdefault(binary.compilation.key, binary)
-                alike.add(binary.likeness)
     return list(found.values())

@@ -1,7 +1,6 @@
 """Compiles the shipped kernels for GPUs that are not there, and prints what each takes of them.
 
-python scripts/bench/compile_kernels.py                          # sm_90, and of binaries that are alike one for the others
-python scripts/bench/compile_kernels.py --all                    # every binary for sm_80, sm_90 and sm_100
+python scripts/bench/compile_kernels.py                          # every binary for sm_80, sm_90 and sm_100
 python scripts/bench/compile_kernels.py --only conv --arch 90    # with "conv" in the name of the case or kernel
 python scripts/bench/compile_kernels.py --only ssd_scan "state 64" --arch 90 --set ssd_scan.ROWS=64 ssd_scan.warps=8
 python scripts/bench/compile_kernels.py --page                   # writes docs/benchmarks/kernels_resources.md
@@ -31,9 +30,6 @@ from nemohybrid_kernels.ahead_of_time import resources_of
 from nemohybrid_kernels.launching import ARCHITECTURES, table
 from nemohybrid_kernels.shipped import Binary, binaries
 
-WHERE_ALL_COMPILE = (90,)
-"""The architectures of which every binary is compiled without being asked: for three it takes twice as long."""
-
 COLUMNS = (
     "{case:<23} {kernel:<20} {sm:>4} {type} {shape:<56} "
     "{warps:>5} {stages:>6} {registers:>9} {spills:>9} {shared:>7} {products}"
@@ -45,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for text in args.set:
         override(text)
     began, rows = time.perf_counter(), []
-    wanted = binaries(args.arch, args.only, ARCHITECTURES if args.all else WHERE_ALL_COMPILE)
+    wanted = binaries(args.arch, args.only)
     print(COLUMNS.format_map({name: name for name in _Row}))
     for binary, result in compiled(wanted, args.processes):
         rows.append(row_of(binary, result))
@@ -64,7 +60,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of a case and a kernel, all of them")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--set", nargs="+", default=[], metavar="KERNEL.WHAT=NUMBER", help="a tile, warps or stages")
-    parser.add_argument("--all", action="store_true", help="every binary on every architecture")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="a file for the rows")
     parser.add_argument("--page", action="store_true", help="write the page of the documentation")

@@ -27,12 +27,11 @@ python scripts/bench/compile_kernels.py --page
 ```
 
 Compiled by Triton {triton} with the ptxas that comes with it. Registers are those of a thread, shared memory is in bytes.
-A line stands for all binaries of a configuration at the same tiles, and shows the most that any of them takes: of sm_90 every
-binary that the calls below lead to, of the others one of those that are alike. Tensor-core instructions are counted in the
-code, where a loop stands once. Tests fail on a spill that is not excused, on more shared memory than the GPU has (227 KB;
-99 KB for sm_80, whose configurations serve smaller GPUs too), on products that became none of the instructions of their
-architecture, and when this page is out of date. fp32 is multiplied as three products of TF32, and may use the instructions
-of older GPUs.
+A line stands for all binaries of a configuration at the same tiles, and shows the most that any of them takes. Tensor-core
+instructions are counted in the code, where a loop stands once. Tests fail on a spill that is not excused, on more shared
+memory than the GPU has (227 KB; 99 KB for sm_80, whose configurations serve smaller GPUs too), on products that became none of
+the instructions of their architecture, and when this page is out of date. fp32 is multiplied as three products of TF32, and
+may use the instructions of older GPUs.
 """
 
 

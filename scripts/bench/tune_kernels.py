@@ -40,11 +40,14 @@ from nemohybrid_kernels.calls import (
     CASES,
     FP32,
     Case,
+    Experts,
     Maker,
     Mixer,
     Results,
     of_mixers,
     run_conv,
+    run_experts,
+    run_loss,
     run_norm,
     run_scan,
 )
@@ -62,6 +65,8 @@ REHEARSED = [
     Case("norm tiny", partial(run_norm, 64, FP32, 8)),
     *of_mixers("conv", run_conv, tiny=TINY),
     *of_mixers("ssd", run_scan, tiny=TINY),
+    Case("experts tiny", partial(run_experts, Experts(8, 32, 48, 2, FP32))),
+    Case("loss tiny", partial(run_loss, 8, 200, FP32)),
 ]
 
 
@@ -125,7 +130,7 @@ class Machine:
         return results, sum(self.milliseconds(launch) for launch in launches if line.concerns(launch))
 
     def milliseconds(self, launch: Launch) -> float:
-        """Of a launch that has run, done again: kernels write only what they do not read."""
+        """Of a launch that has run, done again: on its results where it writes over what it read, which takes as long."""
         again = partial(
             launch.kernel[launch.grid], **launch.arguments, **launch.config.tiles, **compiler_options(launch.config)
         )
@@ -172,6 +177,10 @@ class Filled:
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, like: str) -> Tensor:
         if like == "starts":
             return self._starts(shape)
+        if like == "order":
+            return torch.randperm(shape[0], generator=self.generator, device=self.device)
+        if like == "labels":
+            return torch.randint(2**17, shape, generator=self.generator, device=self.device)
         drawn = torch.randn(shape, generator=self.generator, device=self.device)
         if like == "steps":
             drawn = torch.nn.functional.softplus(drawn - 4)
