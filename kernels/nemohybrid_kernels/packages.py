@@ -31,10 +31,14 @@ def missing(module: str, advice: str) -> str | None:
     return None
 
 
-@cache
+_installed: dict[str, bool] = {}
+
+
 def installed(package: str) -> bool:
-    """Whether a package is there, without importing it."""
-    return find_spec(package) is not None
+    """Whether a package is there, without importing it. Remembered by hand: torch.compile warns of functools.cache."""
+    if package not in _installed:
+        _installed[package] = find_spec(package) is not None
+    return _installed[package]
 
 
 def cuda_obstacle(module: str, advice: str, device: torch.device) -> str | None:
@@ -53,7 +57,7 @@ def first(result: Any) -> Any:
 def forget() -> None:
     """What was found may have changed: tests put fakes where packages would be."""
     missing.cache_clear()
-    installed.cache_clear()
+    _installed.clear()
 
 
 def _first_line(error: Exception) -> str:

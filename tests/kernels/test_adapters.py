@@ -7,7 +7,8 @@ import fake_packages
 import pytest
 import torch
 
-from nemohybrid_kernels import packages
+from nemohybrid_kernels import conv1d, packages, ssd
+from nemohybrid_kernels.backend import decide
 from nemohybrid_kernels.conv1d import package
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
 from nemohybrid_kernels.errors import BackendError
@@ -120,17 +121,52 @@ def test_a_row_cut_from_a_wider_one_is_copied_only_where_it_must(assert_same):
         assert_same(dict(enumerate(run(**inputs | {"x": view}))), dict(enumerate(run(**inputs))), 0.0)
 
 
-def test_a_filter_of_five_taps_is_refused():
-    with pytest.raises(BackendError, match="filters of 2 to 4 taps, not of 5"):
-        package.run(**conv_inputs(8, False, False, K=5))
+@pytest.mark.parametrize("taps, nearest", [(1, 2), (5, 4), (8, 4)])
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_filters_that_the_package_does_not_have_are_refused_when_it_is_chosen(device, taps, nearest):
+    words = f"causal-conv1d takes filters of 2 to 4 taps, not of {taps}; nearest legal: {nearest}"
+    with pytest.raises(BackendError, match=words):
+        decide("causal_conv1d", "causal_conv1d", conv1d.backends(torch.bfloat16, taps), device)
+
+
+def test_a_call_with_a_filter_of_five_taps_is_refused():
+    with pytest.raises(BackendError, match="not of 5; nearest legal: 4"):
+        conv1d.causal_conv1d(**conv_inputs(8, False, False, K=5), backend="causal_conv1d")
+
+
+@pytest.mark.parametrize(
+    "backends, reason",
+    [
+        (conv1d.backends(torch.float64), "causal-conv1d takes bfloat16, float16 and float32, not float64"),
+        (conv1d.backends(torch.bfloat16, 5), "not causal_conv1d: causal-conv1d takes filters of 2 to 4 taps, not of 5"),
+        (ssd.backends(torch.float64), "mamba-ssm takes bfloat16, float16 and float32, not float64"),
+        (ssd.backends(torch.bfloat16, P=512), "mamba-ssm takes heads of up to 256, not of 512"),
+        (ssd.backends(torch.bfloat16, N=320), "mamba-ssm takes states of up to 256, not of 320"),
+    ],
+    ids=["type of inputs", "taps", "type of states", "head", "state"],
+)
+def test_auto_passes_over_what_a_package_cannot_do_and_says_so(monkeypatch, backends, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    choice = decide("operator", "auto", backends, CUDA)
+    assert choice.backend == "torch"
+    assert reason in choice.why
+
+
+@pytest.mark.parametrize("name, backends", [("causal_conv1d", conv1d.backends), ("mamba_ssm", ssd.backends)])
+def test_auto_takes_a_package_where_it_can_do_what_is_asked(monkeypatch, name, backends):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert decide("operator", "auto", backends(torch.bfloat16), CUDA).backend == name
 
 
 def test_what_is_not_installed_names_the_extra(none_installed):
     for module in (mamba_ssm, package):
         for device in (CUDA, CPU):
             assert "pip install 'nemohybrid[mamba]'" in (module.obstacle(device) or "")
-        with pytest.raises(BackendError, match=r"is not installed; pip install 'nemohybrid\[mamba\]'"):
-            module.run(*(scan_inputs if module is mamba_ssm else lambda *_: conv_inputs(8, *_))(False, False).values())
+    missing = r"is not installed; pip install 'nemohybrid\[mamba\]'"
+    with pytest.raises(BackendError, match=missing):
+        mamba_ssm.run(**scan_inputs(False, False))
+    with pytest.raises(BackendError, match=missing):
+        package.run(**conv_inputs(8, False, False))
 
 
 def test_what_is_installed_works_on_gpus_alone():
@@ -138,7 +174,6 @@ def test_what_is_installed_works_on_gpus_alone():
         assert module.obstacle(CUDA) is None
         assert module.obstacle(CPU) == "it needs a CUDA device"
         assert "not float64" in (module.obstacle(CUDA, torch.float64) or "")
-    assert "heads and states up to 256" in (mamba_ssm.obstacle(CUDA, torch.bfloat16, 64, 512) or "")
 
 
 def test_a_package_built_for_another_torch_says_so(monkeypatch):

@@ -1,5 +1,6 @@
 """The backend of every operator is decided before the first step, said once, and refused at once where it cannot run."""
 
+import fake_packages
 import pytest
 import torch
 
@@ -12,7 +13,9 @@ from nemohybrid.train.build import build_model
 from nemohybrid.train.state import fixed_settings
 from nemohybrid_kernels import attention, conv1d, cross_entropy, mixer, moe, norm, packages, ssd
 from nemohybrid_kernels.attention import Case
+from nemohybrid_kernels.conv1d import package
 from nemohybrid_kernels.names import BACKENDS, WITHOUT_SOFTCAP
+from nemohybrid_kernels.ssd import mamba_ssm
 
 CPU = torch.device("cpu")
 TORCH = {"mixer_backend": "separate"} | {
@@ -108,6 +111,57 @@ def test_what_is_not_installed_is_refused_before_the_first_step(tiny_model, monk
         bind_kernels(
             tiny_model("M*", head_dim=16), KernelsSection(**choice), torch.device("cuda"), torch.bfloat16, True
         )
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def packages_on_an_old_gpu(monkeypatch):
+    """mamba-ssm and causal-conv1d are installed, and the GPU is too old for Triton kernels of ours."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    fake_packages.put(monkeypatch, mamba_ssm.MODULE)
+    fake_packages.put(monkeypatch, package.MODULE)
+
+
+@pytest.mark.parametrize(
+    "choice, sizes, words",
+    [
+        (
+            {"conv1d_backend": "causal_conv1d"},
+            {"conv_kernel": 5},
+            "kernels.conv1d_backend=causal_conv1d: .*filters of 2 to 4 taps, not of 5; nearest legal: 4",
+        ),
+        (
+            {"ssd_backend": "mamba_ssm"},
+            {"ssm_state_size": 320},
+            "kernels.ssd_backend=mamba_ssm: .*takes states of up to 256, not of 320",
+        ),
+    ],
+    ids=["taps", "state"],
+)
+def test_sizes_that_a_package_cannot_do_are_refused_before_the_first_step(
+    tiny_model, packages_on_an_old_gpu, choice, sizes, words
+):
+    with pytest.raises(ConfigError, match=words):
+        bind_kernels(tiny_model("M", **sizes), KernelsSection(**choice), GPU, torch.bfloat16, True)
+
+
+def test_auto_passes_over_a_package_for_the_sizes_of_the_model_and_says_why(tiny_model, packages_on_an_old_gpu):
+    section = KernelsSection(mixer_backend="separate")
+    for taps, chosen in {4: "causal_conv1d (auto; not triton", 5: "torch (auto; not triton"}.items():
+        choices = bind_kernels(tiny_model("M", conv_kernel=taps), section, GPU, torch.bfloat16, True)
+        (line,) = (str(choice) for choice in choices if choice.operator == "causal_conv1d")
+        assert line.startswith(f"causal_conv1d: {chosen}")
+        assert ("filters of 2 to 4 taps, not of 5" in line) == (taps == 5)
+
+
+def test_the_widths_of_experts_count_when_their_backend_is_chosen(tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    section = KernelsSection(moe_backend="grouped")
+    with pytest.raises(ConfigError, match=r"grouped: .*grouped_mm needs widths that are multiples of 8; 36 is none"):
+        bind_kernels(tiny_model("E", moe_ffn_hidden_size=36), section, GPU, torch.bfloat16, True)
+    bind_kernels(tiny_model("E", moe_ffn_hidden_size=32), section, GPU, torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("backend", ["flash2", "flex", "cudnn"])

@@ -15,11 +15,11 @@ from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
 from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
 
 
-def backends(dtype: torch.dtype) -> dict[str, Backend]:
-    """Implementations for inputs of `dtype`, the fastest first."""
+def backends(dtype: torch.dtype, taps: int = 4) -> dict[str, Backend]:
+    """Implementations for inputs of `dtype` and filters of so many taps, the fastest first."""
     return {
         "triton": Backend(_triton, lambda device: launching.obstacle(device, dtype), launching.reluctance),
-        "causal_conv1d": Backend(package.run, lambda device: package.obstacle(device, dtype)),
+        "causal_conv1d": Backend(package.run, lambda device: package.obstacle(device, dtype, taps)),
         "cpp": Backend(_cpp, lambda device: cpp_obstacle(device, dtype), cpp_reluctance),
         "torch": Backend(causal_conv1d_torch),
     }
@@ -66,5 +66,5 @@ def causal_conv1d(
     check_shape("initial_state", initial_state, B=B, taps=K - 1, C=C)
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d has no activation {activation!r}. Legal: 'silu', None")
-    run = choose("causal_conv1d", backend, backends(x.dtype), x.device)
+    run = choose("causal_conv1d", backend, backends(x.dtype, K), x.device)
     return run(x, weight, bias, activation=activation, document_ids=document_ids, initial_state=initial_state)

@@ -1,7 +1,7 @@
 """The convolution of the package causal-conv1d (1.6), called as ours is.
 
 The package takes document numbers, or inputs before the row, or gives the last inputs, never two of these; its channels
-come in eights and its filters have 2 to 4 taps. The first two are mended here, other filters are refused.
+come in eights and its filters have 2 to 4 taps. Documents and channels are mended here, other filters are an obstacle.
 """
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nemohybrid_kernels import packages
 from nemohybrid_kernels.checks import document_runs
-from nemohybrid_kernels.errors import BackendError
 
 MODULE = "causal_conv1d"
 ADVICE = "pip install 'nemohybrid[mamba]'"
@@ -20,10 +19,13 @@ EIGHT = 8
 """Channels, and the steps from row to row, are multiples of it where channels lie last."""
 
 
-def obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why it cannot convolve inputs of `dtype` on `device`, or None."""
+def obstacle(device: torch.device, dtype: torch.dtype = torch.float32, taps: int = 4) -> str | None:
+    """Why it cannot convolve inputs of `dtype` with so many taps on `device`, or None."""
     if dtype not in DTYPES:
         return f"causal-conv1d takes bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if taps not in TAPS:
+        nearest = min(max(taps, TAPS[0]), TAPS[-1])
+        return f"causal-conv1d takes filters of {TAPS[0]} to {TAPS[-1]} taps, not of {taps}; nearest legal: {nearest}"
     return packages.cuda_obstacle(MODULE, ADVICE, device)
 
 
@@ -36,13 +38,11 @@ def run(
     document_ids: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as of `nemohybrid_kernels.conv1d.causal_conv1d`. Raises BackendError for other filters.
+    """Arguments and results as of `nemohybrid_kernels.conv1d.causal_conv1d`, for what `obstacle` lets pass.
 
     The filter is not rounded to x's type. Channels that are no multiple of 8 are padded, which copies x, and so are
     documents behind an initial state.
     """
-    if weight.shape[1] not in TAPS:
-        raise BackendError(f"causal_conv1d: the package takes filters of 2 to 4 taps, not of {weight.shape[1]}")
     runs = None if document_ids is None else document_runs(document_ids)
     history = None if initial_state is None else initial_state.to(x.dtype)
     final = _last_inputs(x, runs, history, weight.shape[1] - 1)

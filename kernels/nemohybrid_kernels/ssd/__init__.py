@@ -11,6 +11,7 @@ from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_divides, check_shape
 from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
 from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
+from nemohybrid_kernels.ssd import mamba_ssm
 from nemohybrid_kernels.ssd.reference import ssd_chunked
 
 WIDEST_HEAD, WIDEST_STATE = 128, 256
@@ -25,7 +26,7 @@ def backends(dtype: torch.dtype, P: int = 64, N: int = 128) -> dict[str, Backend
 
     return {
         "triton": Backend(_triton, obstacle, launching.reluctance),
-        "mamba_ssm": Backend(_mamba_ssm, _mamba_ssm_obstacle),
+        "mamba_ssm": Backend(mamba_ssm.run, lambda device: mamba_ssm.obstacle(device, dtype, P, N)),
         "cpp": Backend(_cpp, lambda device: cpp_obstacle(device, dtype), cpp_reluctance),
         "torch": Backend(ssd_chunked),
     }
@@ -46,20 +47,6 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 def _cpp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return import_module("nemohybrid_kernels.ssd.cpp").ssd_scan_cpp(*args, **kwargs)
-
-
-def _mamba_ssm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    from nemohybrid_kernels.ssd import mamba_ssm
-
-    return mamba_ssm.run(*args, **kwargs)
-
-
-def _mamba_ssm_obstacle(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "it needs a CUDA device"
-    from nemohybrid_kernels.ssd import mamba_ssm
-
-    return mamba_ssm.obstacle(device)
 
 
 def ssd_scan(

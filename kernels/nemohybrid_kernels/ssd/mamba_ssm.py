@@ -25,8 +25,9 @@ def obstacle(device: torch.device, dtype: torch.dtype = torch.float32, P: int = 
     """Why it cannot scan inputs of `dtype`, head dimension P and state N on `device`, or None."""
     if dtype not in DTYPES:
         return f"mamba-ssm takes bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if max(P, N) > WIDEST:
-        return f"mamba-ssm takes heads and states up to {WIDEST}, not {P} and {N}"
+    for what, size in {"heads": P, "states": N}.items():
+        if size > WIDEST:
+            return f"mamba-ssm takes {what} of up to {WIDEST}, not of {size}"
     return packages.cuda_obstacle(MODULE, ADVICE, device)
 
 

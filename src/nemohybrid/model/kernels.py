@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +69,7 @@ def _slots(module: nn.Module, calls: Calls) -> Iterator[Slot]:
         case Mamba2():
             yield Slot("ssd_scan", "ssd_backend", ssd.backends(calls.dtype, *_scan_sizes(module)))
         case CausalConv():
-            yield Slot("causal_conv1d", "conv1d_backend", conv1d.backends(calls.dtype))
+            yield Slot("causal_conv1d", "conv1d_backend", conv1d.backends(calls.dtype, module.weight.shape[1]))
         case RMSNorm():
             yield Slot("rms_norm", "norm_backend", norm.backends(calls.dtype, module.width))
         case GatedRMSNorm():
@@ -79,14 +78,10 @@ def _slots(module: nn.Module, calls: Calls) -> Iterator[Slot]:
             case_ = attention.Case(calls.dtype, module.head_dim, calls.packed, capped=module.softcap is not None)
             yield Slot("attention", "attention_backend", attention.backends(case_))
         case Experts():
-            yield Slot("expert_mlp", "moe_backend", _exported(moe, calls.dtype))
+            widths = module.up.shape[2], module.up.shape[1], module.down.shape[2]
+            yield Slot("expert_mlp", "moe_backend", moe.backends(calls.dtype, *widths))
         case VocabularyMatrix():
-            yield Slot("cross_entropy", "cross_entropy_backend", _exported(cross_entropy, calls.dtype))
-
-
-def _exported(operator: Any, dtype: torch.dtype) -> Mapping[str, Backend]:
-    """What the operator offers to be decided here; nothing where it decides in every call."""
-    return operator.backends(dtype) if hasattr(operator, "backends") else {}
+            yield Slot("cross_entropy", "cross_entropy_backend", cross_entropy.backends(calls.dtype))
 
 
 def _scan_sizes(layer: Mamba2) -> tuple[int, int]:
@@ -95,8 +90,6 @@ def _scan_sizes(layer: Mamba2) -> tuple[int, int]:
 
 
 def _decided(slot: Slot, wanted: str, device: torch.device) -> Choice:
-    if not slot.backends:
-        return Choice(slot.operator, wanted, decide, "decided in every call")
     try:
         return decide(slot.operator, wanted, slot.backends, device)
     except BackendError as error:
