@@ -22,6 +22,9 @@ from torch import Tensor
 ARCHITECTURES = (80, 90, 100)
 """Those with a column in the table. Others take the column of sm_80, whose tiles fit into 99 KB of shared memory."""
 
+TRITON = find_spec("triton") is not None
+"""Whether it is installed: a look through the folders of Python, at every call it would be 40 microseconds."""
+
 Fact = int | str
 """What a choice may depend on: a size of the call, or its type ("bf16", "fp32")."""
 
@@ -144,17 +147,19 @@ def interpreted() -> bool:
 
 
 def obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why Triton kernels cannot compute in `dtype` on `device`, or None."""
+    """Why Triton kernels cannot compute in `dtype` on `device`, or None. Eager calls ask each time."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"the Triton kernels take bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if find_spec("triton") is None:
+    if device.type not in ("cuda", "meta") and not (device.type == "cpu" and interpreted()):
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 for tests on the CPU"
+    if not TRITON:
         return "Triton is not installed; pip install 'nemohybrid[gpu]'"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
-    if device.type == "cpu" and interpreted():
-        return None
-    return "it needs a CUDA device, or TRITON_INTERPRET=1 for tests on the CPU"
+    return _too_old(device) if device.type == "cuda" else None
+
+
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
 def dtype_fact(tensor: Tensor) -> str:

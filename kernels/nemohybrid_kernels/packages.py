@@ -31,21 +31,18 @@ def missing(module: str, advice: str) -> str | None:
     return None
 
 
-_installed: dict[str, bool] = {}
-
-
+@cache
 def installed(package: str) -> bool:
-    """Whether a package is there, without importing it. Remembered by hand: torch.compile warns of functools.cache."""
-    if package not in _installed:
-        _installed[package] = find_spec(package) is not None
-    return _installed[package]
+    """Whether a package is there, without importing it."""
+    return find_spec(package) is not None
 
 
 def cuda_obstacle(module: str, advice: str, device: torch.device) -> str | None:
     """Why `module`, which computes on CUDA devices only, cannot be used on `device`. Imports it only there."""
     package = module.partition(".")[0]
     if device.type != "cuda":
-        return "it needs a CUDA device" if installed(package) else f"it needs a CUDA device and {package}; {advice}"
+        found = torch.compiler.is_compiling() or installed(package)  # torch.compile warns of what is remembered
+        return "it needs a CUDA device" if found else f"it needs a CUDA device and {package}; {advice}"
     return missing(module, advice)
 
 
@@ -57,7 +54,7 @@ def first(result: Any) -> Any:
 def forget() -> None:
     """What was found may have changed: tests put fakes where packages would be."""
     missing.cache_clear()
-    _installed.clear()
+    installed.cache_clear()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The table of configurations, and launches that are recorded instead of started."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -100,3 +101,32 @@ def test_every_architecture_has_every_kernel_and_ends_with_an_entry_for_all_call
 def test_a_launch_says_whether_products_and_sums_are_fused():
     """Triton's default changes with its version, and 3.9 warns of it."""
     assert launching.compiler_options(Config({}, 8, 2)) == {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+
+
+def test_what_speaks_against_triton_is_said_device_first(monkeypatch):
+    monkeypatch.setattr(launching, "TRITON", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "needs a CUDA device" in (launching.obstacle(CPU) or "")
+    for device, interpreted in ((CPU, "1"), (torch.device("cuda"), "0")):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        assert launching.obstacle(device) == "Triton is not installed; pip install 'nemohybrid[gpu]'"
+    assert "bfloat16 and float32, not float16" in (launching.obstacle(CPU, torch.float16) or "")
+
+
+@pytest.mark.parametrize("capability, words", [((7, 5), "compute capability 8.0, this GPU has 7.5"), ((8, 0), None)])
+def test_gpus_before_ampere_are_too_old(monkeypatch, capability, words):
+    monkeypatch.setattr(launching, "TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    found = launching.obstacle(torch.device("cuda"))
+    assert found is None if words is None else words in (found or "")
+
+
+def test_no_call_looks_for_triton_in_the_file_system(monkeypatch):
+    def refuse(name):
+        raise AssertionError(f"looked for {name}")
+
+    monkeypatch.setattr(importlib.util, "find_spec", refuse)
+    monkeypatch.setattr(launching, "find_spec", refuse)
+    monkeypatch.setattr(launching, "TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert launching.obstacle(CPU) is None
