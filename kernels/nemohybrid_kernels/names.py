@@ -6,6 +6,7 @@ BACKENDS = {
     "conv1d": ("triton", "causal_conv1d", "cpp", "torch"),
     "attention": ("sdpa", "flash3", "flash4", "flash2", "flex", "cudnn", "cpp", "torch"),
     "norm": ("triton", "cpp", "torch"),
+    "activation": ("triton", "cpp", "torch"),
     "cross_entropy": ("triton", "torch", "plain"),
     "moe": ("triton", "grouped", "torch"),
 }

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemohybrid_kernels.activation import squared_relu
 from nemohybrid_kernels.conv1d import causal_conv1d
 from nemohybrid_kernels.cross_entropy import cross_entropy
 from nemohybrid_kernels.moe import expert_mlp
@@ -75,6 +76,10 @@ def gated_norm() -> Case:
     return lambda x, z, weight: gated_rms_norm(x, z, weight, group_size=16, eps=1e-5), arguments
 
 
+def activation() -> Case:
+    return squared_relu, {"h": draw(9, 5, 64, seed=0)}
+
+
 def experts() -> Case:
     scores = draw(50, 6, seed=1).index_fill(1, torch.tensor(4), -10.0)  # nobody visits expert 4
     weights, ids = scores.softmax(-1).topk(2)
@@ -96,7 +101,8 @@ def loss() -> Case:
     return cross_entropy, {"logits": 3 * draw(300, 1000, seed=0), "labels": labels}
 
 
-CASES = [scan, packed_scan, convolution, packed_convolution, norm, gated_norm, experts, experts_and_nobody, loss]
+MIXER_CASES = [scan, packed_scan, convolution, packed_convolution, norm, gated_norm]
+CASES = [*MIXER_CASES, activation, experts, experts_and_nobody, loss]
 
 
 def placed(name: str, value: Tensor, device: str, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.build import build_model
 from nemohybrid.train.state import fixed_settings
-from nemohybrid_kernels import attention, conv1d, cross_entropy, mixer, moe, norm, packages, ssd
+from nemohybrid_kernels import activation, attention, conv1d, cross_entropy, mixer, moe, norm, packages, ssd
 from nemohybrid_kernels.attention import Case
 from nemohybrid_kernels.conv1d import package
 from nemohybrid_kernels.names import BACKENDS, WITHOUT_SOFTCAP
@@ -19,7 +19,7 @@ from nemohybrid_kernels.ssd import mamba_ssm
 
 CPU = torch.device("cpu")
 TORCH = {"mixer_backend": "separate"} | {
-    f"{name}_backend": "torch" for name in ("ssd", "conv1d", "attention", "norm", "moe", "cross_entropy")
+    f"{name}_backend": "torch" for name in ("ssd", "conv1d", "attention", "norm", "activation", "moe", "cross_entropy")
 }
 
 
@@ -44,6 +44,7 @@ def test_the_names_in_the_configuration_are_those_of_the_operators():
     assert {*ssd.backends(fp32)} == possible["ssd"]
     assert {*conv1d.backends(fp32)} == possible["conv1d"]
     assert {*norm.backends(fp32)} == {*norm.gated_backends(fp32)} == possible["norm"]
+    assert {*activation.backends(fp32)} == possible["activation"]
     assert {*moe.backends(fp32)} == possible["moe"]
     assert {*cross_entropy.backends(fp32)} == possible["cross_entropy"]
     assert {*attention.backends(Case(fp32))} == possible["attention"]
@@ -67,6 +68,7 @@ def test_on_a_cpu_everything_is_pytorch_and_every_operator_is_named_once(tiny_mo
         "gated_rms_norm",
         "mamba2_mixer",
         "rms_norm",
+        "squared_relu",
         "ssd_scan",
     ]
     assert "attention: sdpa (auto)" in lines
@@ -80,7 +82,24 @@ def test_what_is_asked_for_is_what_runs(tiny_model):
     lines = bound(model, **TORCH)
     assert backends_of(model) == {"torch"}
     assert "ssd_scan: torch (asked for)" in lines
+    assert "squared_relu: torch (asked for)" in lines
     assert "mamba2_mixer: separate (asked for)" in lines
+
+
+@pytest.mark.parametrize("symbol", ["-", "E"])
+def test_squared_relu_runs_where_its_key_says(symbol, tiny_model, token_rows, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    called = []
+    monkeypatch.setattr(activation, "_triton", lambda h: called.append(h) or activation.squared_relu_torch(h))
+    model = tiny_model(symbol)
+    for backend, calls in {"torch": False, "triton": True}.items():
+        bound(model, activation_backend=backend, moe_backend="torch")
+        model(token_rows(2, 5))
+        assert bool(called) == calls
+
+
+def test_an_activation_with_a_gate_has_no_backends(tiny_model):
+    assert not any(line.startswith("squared_relu") for line in bound(tiny_model("-E", activation="swiglu")))
 
 
 def test_a_model_of_plain_pytorch_computes_the_same(tiny_model, token_rows, gradients, assert_close_to_scale):

@@ -22,8 +22,8 @@ from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train import canary, canary_cases
 from nemohybrid.train.canary_cases import Calls, cases_of
 from nemohybrid.train.run import run
+from nemohybrid_kernels import activation, conv1d, launching, mixer, norm, ssd
 from nemohybrid_kernels import canary as kernel_canary
-from nemohybrid_kernels import conv1d, launching, mixer, norm, ssd
 from nemohybrid_kernels.backend import Backend
 from nemohybrid_kernels.canary import check
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
@@ -34,7 +34,7 @@ from nemohybrid_kernels.ssd.reference import ssd_chunked
 pytest.importorskip("triton")  # backends that are to be replaced exist only then
 CPU = torch.device("cpu")
 FUSED = ("kernels.mixer_backend=separate", "kernels.ssd_backend=triton")
-ALL_TRITON = {f"{name}_backend": "triton" for name in ("ssd", "conv1d", "norm")}
+ALL_TRITON = {f"{name}_backend": "triton" for name in ("ssd", "conv1d", "norm", "activation")}
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,7 @@ def kernels_that_are_right(monkeypatch):
     monkeypatch.setattr(ssd, "_triton", ssd_chunked)
     monkeypatch.setattr(conv1d, "_triton", causal_conv1d_torch)
     monkeypatch.setattr(mixer, "_triton", mamba2_mixer_torch)
+    monkeypatch.setattr(activation, "_triton", activation.squared_relu_torch)
     twins = {"rms_norm_triton": norm_reference.rms_norm, "gated_rms_norm_triton": norm_reference.gated_rms_norm}
     monkeypatch.setattr(norm, "_triton", lambda name, *sizes: Backend(twins[name], reluctance=launching.reluctance))
 
@@ -221,10 +222,12 @@ def test_every_fused_operator_of_a_model_has_a_case_that_its_twin_passes(tiny_mo
         fused.append(attention_through_a_package(model, packed))
         fused.append(loss_of_another_backend(model, packed))
         named = {case.operator: case for case in fused}
-        assert {*named} == {"rms_norm", "mamba2_mixer", "attention", "cross_entropy"}
-        assert len(fused) == len(named), "two layers of one size are one case"
+        assert {*named} == {"rms_norm", "mamba2_mixer", "squared_relu", "attention", "cross_entropy"}
+        assert len(fused) == len(named) + 2, "two layers of one size are one case"
+        widths = [case.sizes.partition(" ")[0] for case in fused if case.operator == "squared_relu"]
+        assert widths == ["40", "14", "18"], "of the MLP, the experts and the shared expert"
         parts = {c.operator: c for c in cases(model, packed=packed, mixer_backend="separate", **ALL_TRITON)}
-        assert {*parts} == {"rms_norm", "ssd_scan", "causal_conv1d", "gated_rms_norm"}
+        assert {*parts} == {"rms_norm", "ssd_scan", "causal_conv1d", "gated_rms_norm", "squared_relu"}
         assert parts["ssd_scan"].sizes.startswith("4 heads of 6, 2 groups, state 5")
         for case in (named | parts).values():
             check(case if case.operator != "attention" else replace(case, run=case.twin), CPU)
@@ -243,6 +246,17 @@ def test_on_a_gpu_the_kernels_of_pytorch_are_compared_too(tiny_model):
     assert len(ids.unique()) == 5, "one of six experts is to have no tokens"
 
 
+def test_a_wrong_activation_is_found_in_feed_forward_layers_and_in_experts(tiny_model, monkeypatch):
+    monkeypatch.setattr(activation, "_triton", lambda h: 1.3 * activation.squared_relu_torch(h))
+    chosen = {"activation_backend": "triton", "moe_backend": "grouped"}
+    found = cases(tiny_model("-E"), device=torch.device("cuda"), **chosen)
+    suspects = [case for case in found if case.operator in ("squared_relu", "expert_mlp")]
+    assert len(suspects) == 4
+    for case in suspects:
+        with pytest.raises(kernel_canary.KernelMismatch, match=r"output is off by 0\.3"):
+            check(case, CPU)
+
+
 def test_the_key_that_avoids_a_kernel_is_named_for_every_operator():
     section = KernelsSection()
     for key, instead in canary.KEYS.values():
@@ -254,6 +268,7 @@ def test_the_key_that_avoids_a_kernel_is_named_for_every_operator():
         "causal_conv1d",
         "rms_norm",
         "gated_rms_norm",
+        "squared_relu",
         "attention",
         "expert_mlp",
     ):

@@ -7,7 +7,7 @@ launches are recorded. T tokens, K experts of a token, n = T*K visits, D columns
 import torch
 from torch import Tensor
 
-from nemohybrid_kernels.activation import squared_relu
+from nemohybrid_kernels.activation import is_squared_relu
 from nemohybrid_kernels.activation import triton as relu2
 from nemohybrid_kernels.activation.triton import Weights, by_elements, flat_rows
 from nemohybrid_kernels.launching import Config, config_for, dtype_fact, launch
@@ -142,7 +142,7 @@ def _unpermuted(rows: Tensor, visits: Visits) -> Tensor:
 
 
 def _activated(up_out: Tensor, weights: Tensor, visits: Visits, activation: Activation, width: int) -> Tensor:
-    if activation is not squared_relu:
+    if not is_squared_relu(activation):
         return passes.activate_rows(up_out, weights, visits, activation, width)
     return _relu2(up_out, weights.flatten(), visits.order, visits.end)
 
@@ -150,7 +150,7 @@ def _activated(up_out: Tensor, weights: Tensor, visits: Visits, activation: Acti
 def _activated_backward(
     up_out: Tensor, weights: Tensor, hidden: Tensor, visits: Visits, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    if activation is not squared_relu:
+    if not is_squared_relu(activation):
         return passes.activate_rows_backward(up_out, weights, hidden, visits, activation)
     d_up_out, d_weights = _relu2_backward(hidden, up_out, weights.flatten(), visits.order, visits.end)
     return d_up_out, d_weights.view_as(weights)

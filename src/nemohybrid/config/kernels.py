@@ -22,6 +22,9 @@ class KernelsSection(Section):
     conv1d_backend: str = _backend("conv1d", "the convolution of Mamba-2")
     attention_backend: str = _backend("attention", "attention; sdpa: what PyTorch has, cuDNN first")
     norm_backend: str = _backend("norm", "RMS norms, gated and plain")
+    activation_backend: str = _backend(
+        "activation", "squared ReLU; that of experts is a part of them where moe_backend is triton"
+    )
     cross_entropy_backend: str = _backend("cross_entropy", "output projection and loss; plain: all logits at once")
     moe_backend: str = _backend("moe", "the experts")
     canary: str = option(

@@ -11,9 +11,11 @@ from nemohybrid.errors import ConfigError
 from nemohybrid.model.attention import Attention
 from nemohybrid.model.embedding import VocabularyMatrix
 from nemohybrid.model.mamba2 import CausalConv, Mamba2
+from nemohybrid.model.mlp import MLP
 from nemohybrid.model.moe.layer import Experts
 from nemohybrid.model.norm import GatedRMSNorm, RMSNorm
-from nemohybrid_kernels import attention, conv1d, cross_entropy, mixer, moe, norm, ssd
+from nemohybrid_kernels import activation, attention, conv1d, cross_entropy, mixer, moe, norm, ssd
+from nemohybrid_kernels.activation import is_squared_relu
 from nemohybrid_kernels.backend import Backend, Choice, decide
 from nemohybrid_kernels.errors import BackendError
 
@@ -29,26 +31,27 @@ class Calls:
 
 @dataclass(frozen=True)
 class Slot:
-    """What a module leaves open: an operator, the key that chooses, and what there is to choose from."""
+    """What a module leaves open: an operator, the key that chooses, what there is to choose from, and where it is kept."""
 
     operator: str
     key: str
     backends: Mapping[str, Backend]
+    attribute: str = "backend"
 
 
 def bind_kernels(
     model: nn.Module, section: KernelsSection, device: torch.device, dtype: torch.dtype, packed: bool
 ) -> list[Choice]:
-    """Set `backend` of every module that calls an operator. Returns the choices, each once, for the log.
+    """Set the backends of every module that calls an operator. Returns the choices, each once, for the log.
 
     dtype: what the model computes in; packed: whether its rows hold several documents. Raises ConfigError where what is
     asked for cannot run here, saying what to install.
     """
     calls, choices = Calls(dtype, device, packed), dict[str, Choice]()
     for module in model.modules():
-        if (slot := slot_of(module, calls)) is not None:
+        for slot in slots_of(module, calls):
             choice = _decided(slot, getattr(section, slot.key), device)
-            module.backend = choice.backend  # pyright: ignore[reportArgumentType]
+            setattr(module, slot.attribute, choice.backend)
             choices.setdefault(str(choice), choice)
     for module in model.modules():  # now that its parts are decided
         if isinstance(module, Mamba2):
@@ -58,13 +61,12 @@ def bind_kernels(
 
 
 def slot_of(module: nn.Module, calls: Calls) -> Slot | None:
-    """What this module leaves open; None where it calls no operator that has backends."""
-    if not hasattr(module, "backend"):
-        return None
-    return next(iter(_slots(module, calls)), None)
+    """What this module's `backend` is about; None where it calls no operator that has backends."""
+    return next(slots_of(module, calls), None)
 
 
-def _slots(module: nn.Module, calls: Calls) -> Iterator[Slot]:
+def slots_of(module: nn.Module, calls: Calls) -> Iterator[Slot]:
+    """All that this module leaves open."""
     match module:
         case Mamba2():
             yield Slot("ssd_scan", "ssd_backend", ssd.backends(calls.dtype, *_scan_sizes(module)))
@@ -80,8 +82,16 @@ def _slots(module: nn.Module, calls: Calls) -> Iterator[Slot]:
         case Experts():
             widths = module.up.shape[2], module.up.shape[1], module.down.shape[2]
             yield Slot("expert_mlp", "moe_backend", moe.backends(calls.dtype, *widths))
+            if is_squared_relu(module.activation):
+                yield _activation(calls, "activation_backend")
+        case MLP() if is_squared_relu(module.activation):
+            yield _activation(calls, "backend")
         case VocabularyMatrix():
             yield Slot("cross_entropy", "cross_entropy_backend", cross_entropy.backends(calls.dtype))
+
+
+def _activation(calls: Calls, attribute: str) -> Slot:
+    return Slot("squared_relu", "activation_backend", activation.backends(calls.dtype), attribute)
 
 
 def _scan_sizes(layer: Mamba2) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """`-`: the feed-forward layer."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +24,11 @@ ACTIVATIONS = {"squared_relu": squared_relu, "swiglu": swiglu}
 """Name in the configuration -> function of what fc1 returns."""
 
 
+def computed_by(activation: Callable[..., Tensor], backend: str) -> Callable[[Tensor], Tensor]:
+    """The activation, by a backend if there is a choice of them."""
+    return partial(activation, backend=backend) if activation is squared_relu else activation
+
+
 def fc1_outputs(activation: str, width: int) -> dict[str, int]:
     """The logical outputs of the first projection: a gated activation needs two."""
     return {"gate": width, "up": width} if activation == "swiglu" else {"": width}
@@ -37,7 +45,7 @@ class MLP(Mixer):
         width = width or config.ffn_hidden_size or 0
         hidden, bias = config.hidden_size, config.linear_bias
         outputs = fc1_outputs(config.activation, width)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation, self.backend = ACTIVATIONS[config.activation], "auto"
         self.fc1 = Linear(hidden, outputs, role="fc1", std=config.init_std, bias=bias, shard=COLUMN, context=context)
         self.fc2 = Linear(width, hidden, role="fc2", std=residual_std(config), bias=bias, shard=ROW, context=context)
 
@@ -47,4 +55,4 @@ class MLP(Mixer):
 
     def summand(self, x: Tensor) -> Tensor:
         """All tokens [T, D] -> this rank's share of the result, [T, D]."""
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(computed_by(self.activation, self.backend)(self.fc1(x)))

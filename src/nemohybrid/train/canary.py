@@ -27,6 +27,7 @@ KEYS = {
     "causal_conv1d": ("conv1d_backend", "torch"),
     "rms_norm": ("norm_backend", "torch"),
     "gated_rms_norm": ("norm_backend", "torch"),
+    "squared_relu": ("activation_backend", "torch"),
     "attention": ("attention_backend", "torch"),
     "expert_mlp": ("moe_backend", "torch"),
     "cross_entropy": ("cross_entropy_backend", "torch"),

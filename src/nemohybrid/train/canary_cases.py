@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from nemohybrid.model.attention import Attention
 from nemohybrid.model.embedding import VocabularyMatrix
 from nemohybrid.model.mamba2 import CausalConv, Mamba2
-from nemohybrid.model.moe.layer import MoE
+from nemohybrid.model.mlp import MLP, computed_by
+from nemohybrid.model.moe.layer import Experts, MoE
 from nemohybrid.model.norm import GatedRMSNorm, RMSNorm
+from nemohybrid_kernels.activation import is_squared_relu, squared_relu
 from nemohybrid_kernels.attention import Documents, attention
 from nemohybrid_kernels.canary import Case, Tensors
 from nemohybrid_kernels.conv1d import causal_conv1d
@@ -112,12 +114,21 @@ def _case(module: nn.Module, calls: Calls) -> Case | None:
             return gated_norm_case(module, calls)
         case Attention() if calls.is_suspect(module.backend):
             return attention_case(module, calls)
+        case MLP() if is_squared_relu(module.activation) and calls.is_suspect(module.backend):
+            return activation_case(sum(module.fc1.widths), module.backend, calls)
+        case Experts() if _activates(module) and calls.is_suspect(module.activation_backend):
+            return activation_case(module.down.shape[2], module.activation_backend, calls)
         case MoE() if calls.is_suspect(module.experts.backend):
             return experts_case(module, calls)
         case VocabularyMatrix() if calls.is_suspect(module.backend):
             return loss_case(module, calls)
         case _:
             return None
+
+
+def _activates(experts: Experts) -> bool:
+    """Whether squared ReLU is an operator of its own there."""
+    return is_squared_relu(experts.activation) and experts.backend != "triton"
 
 
 def _made(
@@ -236,6 +247,15 @@ def attention_case(layer: Attention, calls: Calls) -> Case:
     return _made("attention", layer.backend, f"{H} heads of {P}, {K} of keys{cap}", calls, inputs, run)
 
 
+def activation_case(width: int, backend: str, calls: Calls) -> Case:
+    """Squared ReLU between the products of a feed-forward layer."""
+
+    def inputs(draw: Draw) -> Tensors:
+        return {"h": draw.normal(ROWS * calls.length, width)}
+
+    return _made("squared_relu", backend, f"{width} channels", calls, inputs, squared_relu)
+
+
 def experts_case(layer: MoE, calls: Calls) -> Case:
     """A few of the experts, one of them without tokens, at their own width."""
     experts, K = layer.experts, layer.router.top_k
@@ -249,8 +269,11 @@ def experts_case(layer: MoE, calls: Calls) -> Case:
         up, down = draw.weight(E, up_width, D, scale=D**-0.5), draw.weight(E, D, F_, scale=F_**-0.5)
         return {"x": draw.normal(T, D), "expert_ids": ids, "expert_weights": weights, "up": up, "down": down}
 
-    run = partial(expert_mlp, activation=experts.activation)
-    return _made("expert_mlp", experts.backend, f"{E} experts of {F_}, {D} channels, {K} a token", calls, inputs, run)
+    run = partial(expert_mlp, activation=computed_by(experts.activation, experts.activation_backend))
+    sizes = f"{E} experts of {F_}, {D} channels, {K} a token"
+    case = _made("expert_mlp", experts.backend, sizes, calls, inputs, run)
+    plain = computed_by(experts.activation, "torch")
+    return replace(case, twin=partial(expert_mlp, activation=plain, backend="torch"))
 
 
 def loss_case(matrix: VocabularyMatrix, calls: Calls) -> Case:

@@ -8,7 +8,7 @@ from nemohybrid.config.model import ModelConfig
 from nemohybrid.model.init import normal
 from nemohybrid.model.linear import Linear
 from nemohybrid.model.mixer import Mixer, mixer, residual_std
-from nemohybrid.model.mlp import ACTIVATIONS, MLP, fc1_outputs
+from nemohybrid.model.mlp import ACTIVATIONS, MLP, computed_by, fc1_outputs
 from nemohybrid.model.moe.router import Router
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
@@ -34,7 +34,8 @@ class Experts(nn.Module):
         halves = fc1_outputs(config.activation, width)
         up = Piece("", (experts, sum(halves.values()), hidden), normal(config.init_std))
         down = Piece("", (experts, hidden, width), normal(residual_std(config)))
-        self.activation, self.backend = ACTIVATIONS[config.activation], "auto"
+        self.activation, self.activation_backend = ACTIVATIONS[config.activation], "auto"
+        self.backend = "auto"
         self.is_folded = context.experts is not None
         self.up = expert_parameter(up, Shard(axis=1, blocks=len(halves)), context)
         self.down = expert_parameter(down, Shard(axis=2), context)
@@ -42,7 +43,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, absent: bool = False) -> Tensor:
         """x [T, D], expert ids and weights [T, K] -> [T, D]: the weighted sum of the chosen experts, or this rank's
         summand of it. Ids count the experts of this rank; where some may be `absent`, one past the last is nobody's."""
-        how = {"activation": self.activation, "absent": absent, "backend": self.backend}
+        activation = computed_by(self.activation, self.activation_backend)
+        how = {"activation": activation, "absent": absent, "backend": self.backend}
         return expert_mlp(x, ids, weights, self.up, self.down, **how)
 
 
