@@ -1,16 +1,20 @@
 """torch.compile takes a layer as one graph, forward and backward, and the graph computes what the layer does."""
 
-import sys
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nemohybrid.config.kernels import KernelsSection
+from nemohybrid.config.model import RouterConfig
 from nemohybrid.model import HybridModel, SequenceContext
 from nemohybrid.model.kernels import bind_kernels
+from nemohybrid.model.moe.balance import RouterLosses
+from nemohybrid.model.moe.router import Router
 from nemohybrid_kernels.moe import grouped, products
 
 pytest.importorskip("triton")
@@ -29,18 +33,6 @@ TORCH = {
 }
 TRITON = {"ssd_backend": "triton", "conv1d_backend": "triton", "norm_backend": "triton"}
 BACKENDS = {"torch": TORCH, "triton": TRITON | {"mixer_backend": "triton"}}
-LOCKED = pytest.mark.xfail(
-    sys.version_info < (3, 12),
-    strict=True,
-    raises=torch._dynamo.exc.Unsupported,
-    reason="functools.cached_property takes a lock in Python 3.11, which is not traced (attention/packing.py, moe/visits.py)",
-)
-
-NESTED = pytest.mark.xfail(
-    strict=True,
-    raises=torch._dynamo.exc.Unsupported,
-    reason="the backward pass calls torch.autograd.grad, which is not traced (moe/activation.py, activate_backward)",
-)
 
 
 def bound(model: HybridModel, backends: dict[str, str], dtype=torch.float32) -> nn.Module:
@@ -91,17 +83,15 @@ def test_a_mamba_layer_of_separate_triton_operators_is_one_graph(tiny_model):
     assert_one_graph(bound(tiny_model("M", **SMALL), TRITON | {"mixer_backend": "separate"}), documents=True, share=0.5)
 
 
-@pytest.mark.parametrize("documents", [False, pytest.param(True, marks=LOCKED)], ids=["one document", "documents"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("backend", ["torch", "sdpa"])
 def test_an_attention_layer_is_one_graph(backend, documents, tiny_model):
     assert_one_graph(bound(tiny_model("*"), {"attention_backend": backend}), documents, share=0.5)
 
 
-@pytest.mark.parametrize(
-    "backend", [pytest.param("torch", marks=LOCKED), pytest.param("grouped", marks=NESTED), "triton"]
-)
+@pytest.mark.parametrize("backend", ["torch", "grouped", "triton"])
 def test_an_experts_layer_is_one_graph_where_it_is_not_trained(backend, tiny_model, monkeypatch):
-    """In bf16, and with the products of GPUs: those of CPUs need the loads on the host."""
+    """In bf16, and with the products of GPUs."""
     for module in (grouped, products):
         monkeypatch.setattr(module, "products_for", lambda *_: products.GROUPED_MM)
     dtype = torch.float32 if backend == "torch" else torch.bfloat16
@@ -110,10 +100,49 @@ def test_an_experts_layer_is_one_graph_where_it_is_not_trained(backend, tiny_mod
     assert_one_graph(layer, documents=True, share=None, dtype=dtype)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=torch._dynamo.exc.Unsupported,
-    reason="the backward pass of the balancing loss counts in Python (model/moe/balance.py, RouterLosses.arrived)",
-)
-def test_an_experts_layer_is_one_graph_in_training(tiny_model):
-    assert_one_graph(bound(tiny_model("E"), TORCH | {"moe_backend": "torch"}), documents=True, share=0.5)
+LOSSES = {
+    "losses": RouterConfig(aux_loss="sequence", aux_loss_weight=0.7, z_loss_weight=0.03),
+    "losses without weight": RouterConfig(aux_loss="global", aux_loss_weight=0.0, z_loss_weight=0.0),
+}
+
+
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("backend", ["torch", "grouped"])
+def test_an_experts_layer_is_one_graph_in_training(backend, losses, tiny_model):
+    """In fp32, at widths that grouped_mm takes on CPUs."""
+    layer = tiny_model("E", router=LOSSES[losses], moe_ffn_hidden_size=16)
+    assert_one_graph(bound(layer, TORCH | {"moe_backend": backend}), documents=True, share=0.5)
+
+
+def test_gated_experts_are_one_graph_in_training(tiny_model):
+    layer = bound(tiny_model("E", activation="swiglu", moe_ffn_hidden_size=16), TORCH | {"moe_backend": "grouped"})
+    assert_one_graph(layer, documents=False, share=0.5)
+
+
+def router_losses(layer: nn.Module) -> RouterLosses:
+    router = layer.get_submodule("mixer.router")
+    assert isinstance(router, Router)
+    return router.losses
+
+
+@pytest.mark.parametrize("losses", LOSSES)
+def test_a_compiled_router_counts_every_trained_token_once_and_for_itself(losses, tiny_model):
+    """It is a copy: the other, from whom it was copied, must not count what it sees."""
+    model = tiny_model("E", router=LOSSES[losses])
+    layer = bound(model, TORCH | {"moe_backend": "torch"})
+    twin = copy.deepcopy(model).layers.get_submodule("0")
+    for _ in "ab":
+        results(layer, layer, context(True, share=0.5))
+    wanted, router_losses(layer).tally = router_losses(layer).tally, None
+    torch.compiler.reset()
+    run = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        run(torch.zeros(ROWS * LENGTH, HIDDEN, device=DEVICE), context(True, share=0.5))
+    results(run, twin, context(True, share=None))
+    assert router_losses(twin).tally is None, "an evaluation was counted"
+    results(run, twin, context(True, share=0.5))
+    results(lambda x, seq: checkpoint(run, x, seq, use_reentrant=False), twin, context(True, share=0.5))
+    assert router_losses(layer).tally is None
+    for name, counted in vars(wanted).items():
+        got = getattr(router_losses(twin).tally, name)
+        torch.testing.assert_close(got, counted, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")

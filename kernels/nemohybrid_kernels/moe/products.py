@@ -1,13 +1,14 @@
 """Products of rows that are sorted by expert with the matrices of their experts, and the gradients of these matrices."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemohybrid_kernels.moe.visits import Visits
+from nemohybrid_kernels.opaque import opaque
 
 # n rows, sorted by expert, and after them those of nobody; E experts; I, O features in and out
 
@@ -82,8 +83,43 @@ SEGMENTS = Products(_rows_by_segments, _matrices_by_segments)
 """Expert by expert into one tensor: any type and width. It needs the loads on the host."""
 
 
+def _like_rows(rows: Tensor, matrices: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(len(rows), matrices.shape[2])
+
+
+def _like_matrices(left: Tensor, right: Tensor, ends: Tensor, *_: Any) -> Tensor:
+    return left.new_empty(len(ends), left.shape[1], right.shape[1])
+
+
+@opaque("expert_rows", like=_like_rows)
+def _rows_unseen(rows: Tensor, matrices: Tensor, ends: Tensor, absent: bool) -> Tensor:
+    visits = _sorted_by(ends, absent)
+    return products_for(rows.dtype, tuple(matrices.shape[1:]), rows.device).rows(rows, matrices, visits)
+
+
+@opaque("expert_matrices", like=_like_matrices)
+def _matrices_unseen(left: Tensor, right: Tensor, ends: Tensor, absent: bool) -> Tensor:
+    visits = _sorted_by(ends, absent)
+    return products_for(left.dtype, (left.shape[1], right.shape[1]), left.device).matrices(left, right, visits)
+
+
+def _sorted_by(ends: Tensor, absent: bool) -> Visits:
+    """Visits whose order nobody asks for."""
+    nothing = ends[:0]
+    return Visits(nothing, nothing, ends, 1, absent)
+
+
+UNSEEN = Products(
+    lambda rows, matrices, visits: _rows_unseen(rows, matrices, visits.ends, visits.absent),
+    lambda left, right, visits: _matrices_unseen(left, right, visits.ends, visits.absent),
+)
+"""Those of CPUs for torch.compile, which knows grouped_mm in bf16 only, and no loop whose length is in a tensor."""
+
+
 def products_for(dtype: torch.dtype, widths: tuple[int, ...], device: torch.device) -> Products:
     """The faster ones: on CPUs grouped_mm in fp32 where it takes the widths, and our own loop else."""
+    if device.type == "cpu" and torch.compiler.is_compiling():
+        return UNSEEN
     aligned = not any(width * dtype.itemsize % 16 for width in widths)
     return GROUPED_MM if device.type != "cpu" or (dtype == torch.float32 and aligned) else SEGMENTS
 

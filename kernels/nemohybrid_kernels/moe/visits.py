@@ -1,12 +1,13 @@
 """Which row of the sorted experts' input belongs to which token: the permutation that both implementations share."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from nemohybrid_kernels.lazy import lazy
 
 # T tokens, K experts of a token, E experts, n = T*K visits; visit t*K + k is that of token t to its k-th expert
 
@@ -35,7 +36,7 @@ class Visits:
         """[1] int32: the place where the visits to nobody begin; None where there can be none."""
         return self.ends[-1:] if self.absent else None
 
-    @cached_property
+    @lazy
     def counts(self) -> list[int]:
         """Visits of each expert, on the host: on a GPU this waits for everything before it."""
         return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()

@@ -7,7 +7,9 @@ not in an evaluation, and not a second time when a layer is computed again for i
 """
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.tensor import TensorRanks
+from nemohybrid_kernels.opaque import opaque
 
 # T tokens of this rank, E experts, K experts a token visits, R rows over which a load is taken: sequences, or 1 for all
 
@@ -35,6 +38,11 @@ class Tally:
         return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for n in (experts, experts, 3)))
 
 
+_NUMBERS = count()
+_LOSSES = WeakValueDictionary[int, "RouterLosses"]()
+"""All that live. A graph of torch.compile knows losses by their number, and finds them here when it runs."""
+
+
 class RouterLosses:
     """Balancing loss and z-loss of one router, and its tally. The trainer reads the tally and sets it to None every step."""
 
@@ -42,6 +50,12 @@ class RouterLosses:
         self.options, self.top_k, self.context = options, top_k, context
         self.aux_weight = options.aux_loss_weight if options.aux_loss != "none" else 0.0
         self.tally: Tally | None = None
+        self.number = next(_NUMBERS)
+        _LOSSES[self.number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RouterLosses":
+        """Those of a copied router, which has counted nothing."""
+        return RouterLosses(self.options, self.top_k, self.context)
 
     def attach(self, weights: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, seq: SequenceContext) -> Tensor:
         """The weights [T, K], from whose gradient on the losses reach logits and scores [T, E].
@@ -57,7 +71,7 @@ class RouterLosses:
             loads = _visited(ids, scores.shape[1]).sum(0)
             choices = rows.sums(_visited(scores.topk(self.top_k, dim=-1).indices, scores.shape[1]))
         own_share = (seq.share or 0.0) * len(scores) / seq.tokens
-        counted = loads, choices, (seq.share, own_share), rows.ranks
+        counted = loads, choices, seq.share, own_share, rows.ranks.cut
         return _Attached.apply(weights, probabilities, z_loss(logits), self, *counted)  # pyright: ignore[reportReturnType]
 
     def arrived(self, probabilities: Tensor, z: Tensor, counted: "Counted") -> Tensor:
@@ -131,6 +145,32 @@ def _visited(ids: Tensor, experts: int) -> Tensor:
     return visited.scatter_(1, ids, True)
 
 
+def _like(
+    number: int, gradient: Tensor, probabilities: Tensor, z: Tensor, *counted: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(gradient), torch.empty_like(probabilities), torch.empty_like(z)
+
+
+@opaque("router_losses_arrived", like=_like, tags=(torch.Tag.cudagraph_unsafe,))
+def _arrived(
+    number: int,
+    gradient: Tensor,
+    probabilities: Tensor,
+    z: Tensor,
+    loads: Tensor,
+    choices: Tensor,
+    share: float,
+    own_share: float,
+    cut: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of weights, probabilities and z. That of the weights passes through: a graph drops what makes nothing that
+    it needs, and the losses may have no weight."""
+    losses = _LOSSES[number]
+    counted = loads, choices, (share, own_share), TensorRanks(losses.context.tensor, cut)
+    slope = losses.arrived(probabilities, z, counted)
+    return gradient.clone(), slope, torch.full_like(z, losses.options.z_loss_weight * own_share)
+
+
 class _Attached(torch.autograd.Function):
     """Identity on the weights; when their gradient arrives, so do those of the losses."""
 
@@ -146,8 +186,5 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        probabilities, z, loads, choices = ctx.saved_tensors
-        (_, own_share), _ = ctx.rest
-        slope = ctx.losses.arrived(probabilities, z, (loads, choices, *ctx.rest))
-        z_slope = torch.full_like(z, ctx.losses.options.z_loss_weight * own_share)
-        return gradients[0], slope, z_slope, *(None,) * 5
+        arrived = _arrived(ctx.losses.number, *gradients, *ctx.saved_tensors, *ctx.rest)
+        return *arrived, *(None,) * 6
