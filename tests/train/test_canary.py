@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nemohybrid.config.kernels import KernelsSection
+from nemohybrid.config.model import AttentionConfig
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.model import HybridModel
@@ -22,11 +23,13 @@ from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train import canary, canary_cases
 from nemohybrid.train.canary_cases import Calls, cases_of
 from nemohybrid.train.run import run
-from nemohybrid_kernels import activation, conv1d, launching, mixer, norm, ssd
+from nemohybrid_kernels import activation, conv1d, launching, mixer, norm, packages, ssd
 from nemohybrid_kernels import canary as kernel_canary
+from nemohybrid_kernels.attention import flex
 from nemohybrid_kernels.backend import Backend
 from nemohybrid_kernels.canary import check
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
+from nemohybrid_kernels.documents import document_starts
 from nemohybrid_kernels.mixer.reference import mamba2_mixer_torch
 from nemohybrid_kernels.norm import reference as norm_reference
 from nemohybrid_kernels.ssd.reference import ssd_chunked
@@ -255,6 +258,69 @@ def test_a_wrong_activation_is_found_in_feed_forward_layers_and_in_experts(tiny_
     for case in suspects:
         with pytest.raises(kernel_canary.KernelMismatch, match=r"output is off by 0\.3"):
             check(case, CPU)
+
+
+def flex_by_definition(q, k, v, *, score_mod, block_mask, scale, enable_gqa, kernel_options):
+    """FlexAttention, with the backward pass that PyTorch's has on GPUs alone. Blocks that are not listed are not seen, and
+    the mask is asked only in those listed as cut."""
+    _, H, L, P = q.shape
+    see = torch.zeros(block_mask.shape[0], 1, L, L, dtype=torch.bool)
+    cut = block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.mask_mod
+    whole = block_mask.full_kv_num_blocks, block_mask.full_kv_indices, lambda *_: True
+    for counts, indices, mask in (cut, whole):
+        for b, _, i in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
+            for j in indices[b, 0, i, : counts[b, 0, i]].tolist():
+                at, seen = (slice(block * flex.BLOCK, (block + 1) * flex.BLOCK) for block in (i, j))
+                see[b, 0, at, seen] = mask(b, 0, torch.arange(L)[at, None], torch.arange(L)[seen])
+    k, v = (heads.repeat_interleave(H // heads.shape[1], 1) for heads in (k, v))
+    scores = q @ k.mT * (scale or P**-0.5)
+    scores = scores if score_mod is None else score_mod(scores, 0, 0, 0, 0)
+    return scores.masked_fill(~see, -torch.inf).softmax(-1) @ v
+
+
+@pytest.fixture
+def flex_case(tiny_model, monkeypatch):
+    """Of a model whose backend is what "auto" takes on a GPU without packages."""
+    packages.forget()
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(launching, "TRITON", True)
+
+    def made(packed: bool, softcap: float | None, row: int) -> kernel_canary.Case:
+        model = tiny_model("*", head_dim=16, attention=AttentionConfig(softcap=softcap))
+        bind_kernels(model, KernelsSection(), torch.device("cuda"), torch.float32, packed)
+        calls = Calls.of(torch.float32, torch.device("cuda"), packed, 8, row)
+        (case,) = (case for case in cases_of(model, calls) if case.operator == "attention")
+        monkeypatch.setattr(flex, "obstacle", lambda case, device: None)
+        monkeypatch.setattr(flex, "_attend", lambda compiled: (flex_by_definition, None))
+        return case
+
+    yield made
+    packages.forget()
+
+
+@pytest.mark.parametrize("packed, softcap", [(True, None), (True, 2.0), (False, 2.0)])
+@pytest.mark.parametrize("row, length", [(4096, 384), (1000, 301)])
+def test_flexattention_is_compared_over_blocks_of_each_kind(flex_case, packed, softcap, row, length):
+    case = flex_case(packed, softcap, row)
+    assert case.backend == "flex"
+    inputs = case.inputs()
+    assert inputs["q"].shape[1] == length
+    assert (length % flex.BLOCK == 0) == (row % flex.BLOCK == 0)
+    if packed:
+        blocks = flex.block_mask(document_starts(inputs["document_ids"]))
+        cut, whole = blocks.kv_num_blocks.sum(), blocks.full_kv_num_blocks.sum()
+        assert cut > 0
+        assert whole > 0
+        assert cut + whole < 2 * 6, "none of the pairs of blocks is skipped"
+    check(case, CPU)
+
+
+def test_flexattention_that_forgets_documents_is_found(flex_case, monkeypatch):
+    case, right = flex_case(True, None, 4096), flex.block_mask
+    monkeypatch.setattr(flex, "block_mask", lambda starts: right(torch.zeros_like(starts)))
+    with pytest.raises(kernel_canary.KernelMismatch, match=r"attention flex: .* output is off by"):
+        check(case, CPU)
 
 
 def test_the_key_that_avoids_a_kernel_is_named_for_every_operator():

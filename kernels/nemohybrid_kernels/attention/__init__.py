@@ -20,8 +20,8 @@ def backends(case: Case) -> dict[str, Backend]:
     """Implementations, the preferred first.
 
     Without documents that is PyTorch's own choice of fused kernels. They know documents only as a mask of all pairs, which
-    is read and computed in full, so on GPUs what skips other documents is preferred, where there is any. On CPUs the C++
-    kernels are, where they are built.
+    is read and computed in full, so on GPUs what skips other documents is preferred: flash-attn where it is installed, or
+    else FlexAttention. On CPUs the C++ kernels are, where they are built.
     """
     made = {
         "sdpa": Backend(sdpa.run, partial(sdpa.obstacle, case), partial(_sdpa_reluctance, case)),

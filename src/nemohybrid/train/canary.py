@@ -42,7 +42,8 @@ def check_kernels(model: nn.Module, config: RunConfig, device: torch.device) -> 
     TrainingError on every rank where a kernel was wrong on one.
     """
     dtype, packed = DTYPES[config.model.dtype], config.data.reset_documents
-    cases = cases_of(model, Calls.of(dtype, device, packed, config.model.chunk_size))
+    row = config.data.sequence_length
+    cases = cases_of(model, Calls.of(dtype, device, packed, config.model.chunk_size, row))
     if config.kernels.canary == "skip":
         return _skipped(cases)
     passed = Passed(machine(device))

@@ -17,6 +17,7 @@ from nemohybrid.model.moe.layer import Experts, MoE
 from nemohybrid.model.norm import GatedRMSNorm, RMSNorm
 from nemohybrid_kernels.activation import is_squared_relu, squared_relu
 from nemohybrid_kernels.attention import Documents, attention
+from nemohybrid_kernels.attention.flex import BLOCK
 from nemohybrid_kernels.canary import Case, Tensors
 from nemohybrid_kernels.conv1d import causal_conv1d
 from nemohybrid_kernels.cross_entropy import linear_cross_entropy
@@ -38,17 +39,25 @@ MOST_WEIGHTS = 2**26
 
 @dataclass(frozen=True)
 class Calls:
-    """How a run calls its operators: types, device, whether rows hold several documents, and how long a row is here."""
+    """How a run calls its operators: types, device, whether rows hold several documents, how long a row is here, and how
+    long in the run."""
 
     dtype: torch.dtype
     device: torch.device
     packed: bool
     length: int
+    row: int = BLOCK
 
     @classmethod
-    def of(cls, dtype: torch.dtype, device: torch.device, packed: bool, chunk_size: int | None) -> "Calls":
+    def of(
+        cls, dtype: torch.dtype, device: torch.device, packed: bool, chunk_size: int | None, row: int = BLOCK
+    ) -> "Calls":
         """Rows that cross two borders of chunks and end within one."""
-        return cls(dtype, device, packed, 2 * (chunk_size or 128) + 45)
+        return cls(dtype, device, packed, 2 * (chunk_size or 128) + 45, row)
+
+    def of_attention(self) -> "Calls":
+        """Rows of three blocks of FlexAttention, which compiles other code for rows that end within a block."""
+        return replace(self, length=3 * BLOCK - (83 if self.row % BLOCK else 0))
 
     @property
     def words(self) -> str:
@@ -233,6 +242,7 @@ def gated_norm_case(norm: GatedRMSNorm, calls: Calls) -> Case:
 def attention_case(layer: Attention, calls: Calls) -> Case:
     """Heads lie side by side in a token, as the projection leaves them."""
     H, K, P = layer.heads, layer.groups, layer.head_dim
+    calls = calls.of_attention()
 
     def inputs(draw: Draw) -> Tensors:
         q, k, v = (draw.normal(ROWS, calls.length, heads, P) for heads in (H, K, K))
@@ -244,7 +254,8 @@ def attention_case(layer: Attention, calls: Calls) -> Case:
         return attention(q, k, v, documents=documents, softcap=layer.softcap, **given)
 
     cap = "" if layer.softcap is None else f", scores capped at {layer.softcap:g}"
-    return _made("attention", layer.backend, f"{H} heads of {P}, {K} of keys{cap}", calls, inputs, run)
+    sizes = f"{H} heads of {P}, {K} of keys{cap}, rows of {calls.length}"
+    return _made("attention", layer.backend, sizes, calls, inputs, run)
 
 
 def activation_case(width: int, backend: str, calls: Calls) -> Case:
