@@ -11,6 +11,7 @@ from nemohybrid.config.compose import load_config
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.model import HybridModel
+from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.plan import memory
 from nemohybrid.train.batch import Batch
@@ -31,6 +32,7 @@ def kept_by_a_step(config: RunConfig, documents: bool) -> int:
     """Bytes of all tensors that autograd keeps in a real forward pass on the CPU."""
     model = HybridModel.create(config.model)
     model.recompute = config.train.recompute == "layer"
+    bind_kernels(model, config.kernels, torch.device("cpu"), model.dtype, packed=documents)
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -38,10 +40,11 @@ def kept_by_a_step(config: RunConfig, documents: bool) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    tokens = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-    ids = torch.zeros(ROWS, LENGTH, dtype=torch.int32) if documents else None
+    shape = ROWS, config.data.sequence_length
+    tokens = torch.zeros(shape, dtype=torch.long)
+    ids = torch.zeros(shape, dtype=torch.int32) if documents else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        summed_losses(model, Batch(tokens, tokens, torch.ones(ROWS, LENGTH), ids))
+        summed_losses(model, Batch(tokens, tokens, torch.ones(shape), ids))
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in ours)
 
 
@@ -53,6 +56,34 @@ def test_activations_are_within_a_sixth_of_what_a_step_keeps(overrides, document
     del parts["backward of the largest layer"]  # made in passing, as is the gradient of the logits
     estimated = sum(parts.values()) - ROWS * LENGTH * VOCABULARY * 2
     assert estimated / kept_by_a_step(config, documents) == pytest.approx(1, abs=1 / 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_activations_are_those_that_the_kernels_keep(kind):
+    """The same kernels really run, in the interpreter."""
+    pytest.importorskip("triton")
+    config = configured(
+        "model=tiny_moe", kind, "data.reset_documents=false", "data.sequence_length=64", "model.vocab_size=300"
+    )
+    parts = dict(memory.estimate(config, 1, device="cuda").activations)
+    del parts["backward of the largest layer"]
+    estimated = sum(parts.values()) - ROWS * 64 * 300 * 2  # all logits, at that size
+    ours = {f"{name}_backend": "triton" for name in ("mixer", "ssd", "conv1d", "norm", "moe", "cross_entropy")}
+    really = replace(config, kernels=replace(config.kernels, **ours))
+    assert estimated / kept_by_a_step(really, documents=False) == pytest.approx(1, abs=1 / 6)
+
+
+def test_what_is_chosen_by_name_is_what_is_counted():
+    """Without a GPU too: of its kernels only what they keep is asked."""
+    sizes = ["model=nemotron_h_8b", "data.sequence_length=8192", "data.reset_documents=true", "model.vocab_size=131072"]
+    ours, plain = (
+        memory.estimate(configured(*sizes, *how), 1, device="cuda").activations for how in ([], ["kernels=torch"])
+    )
+    assert sum(ours.values()) < sum(plain.values()) / 2
+    assert "document mask" in plain
+    assert "document mask" not in ours
+    loss = "logits, their gradient, the loss"
+    assert ours[loss] < plain[loss] / 2
 
 
 def test_recomputation_keeps_less_and_the_estimate_knows():
@@ -235,6 +266,7 @@ def test_room_of_exchanges_takes_memory():
         return next(size for name, size in parts.items() if " E layers" in name)
 
     assert kept(1.0) < kept(2.0)
-    assert memory.estimate(Layout(data=2, expert=2).configured(run_config()), 2, device="cuda").total > (
-        memory.estimate(Layout(data=2, expert=2).configured(run_config()), 2).total
-    )
+    config = Layout(data=2, expert=2).configured(run_config())
+    config = replace(config, kernels=configured("kernels=torch").kernels)
+    on_gpu, on_cpu = (memory.estimate(config, 2, device=device) for device in ("cuda", "cpu"))
+    assert on_gpu.total > on_cpu.total, "on a GPU exchanges have a room, which is larger than the mean"

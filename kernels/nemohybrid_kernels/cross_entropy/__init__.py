@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemohybrid_kernels import launching
-from nemohybrid_kernels.backend import Backend, choose
+from nemohybrid_kernels.backend import Backend, choose, decide
 from nemohybrid_kernels.checks import check_shape
 from nemohybrid_kernels.cross_entropy import linear
 from nemohybrid_kernels.cross_entropy.columns import Reduce, cross_entropy_of_columns
 from nemohybrid_kernels.cross_entropy.linear import Holder
 from nemohybrid_kernels.cross_entropy.reference import cross_entropy
 
-__all__ = ["backends", "cross_entropy", "cross_entropy_of_columns", "linear_cross_entropy"]
+__all__ = ["backends", "cross_entropy", "cross_entropy_of_columns", "linear_cross_entropy", "rows_at_once"]
 
 Product = Callable[[Tensor, Tensor, None], Tensor]
 
@@ -49,6 +49,12 @@ def linear_cross_entropy(
     run = choose("linear_cross_entropy", backend, backends(x.dtype), x.device)
     holder = Holder(weight.shape[0] if columns is None else columns, first, largest, total)
     return run(x, weight, labels, holder, product=product, chunk_tokens=chunk_tokens)
+
+
+def rows_at_once(weight: Tensor, tokens: int, dtype: torch.dtype, backend: str = "auto") -> int:
+    """Of how many of `tokens` `linear_cross_entropy` holds the logits at a time. Raises BackendError."""
+    chosen = decide("linear_cross_entropy", backend, backends(dtype), weight.device).backend
+    return tokens if chosen == "plain" else min(tokens, linear.chunk_size(tokens, len(weight), dtype.itemsize))
 
 
 def backends(dtype: torch.dtype) -> dict[str, Backend]:

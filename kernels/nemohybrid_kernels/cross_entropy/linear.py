@@ -54,7 +54,7 @@ def chunked_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, holder: Holder, chunk_tokens: int | None, passes: Passes
 ) -> Tensor:
     """As `nemohybrid_kernels.cross_entropy.linear_cross_entropy`, by `passes`."""
-    size = chunk_size(x, weight, chunk_tokens)
+    size = chunk_size(len(x), len(weight), x.element_size(), chunk_tokens)
     return _Chunked.apply(x, weight, labels - holder.first, holder, size, passes)  # pyright: ignore[reportReturnType]
 
 
@@ -84,12 +84,15 @@ class _Chunked(torch.autograd.Function):
         return dx if needs_x else None, dweight if needs_weight else None, None, None, None, None
 
 
-def chunk_size(x: Tensor, weight: Tensor, asked: int | None) -> int:
-    """Tokens of a chunk: `asked`, or what LOGIT_BYTES hold; all chunks about equal, and a multiple of 128 where it can be."""
-    fitting = LOGIT_BYTES // max(1, weight.shape[0] * x.element_size())
+def chunk_size(tokens: int, width: int, itemsize: int, asked: int | None = None) -> int:
+    """Tokens of a chunk: `asked`, or what LOGIT_BYTES hold; all chunks about equal, and a multiple of 128 where it can be.
+
+    width: rows of the weight; itemsize: bytes of a logit.
+    """
+    fitting = LOGIT_BYTES // max(1, width * itemsize)
     most = asked or max(128, min(MOST_TOKENS, fitting) // 128 * 128)
-    chunks = max(1, -(-x.shape[0] // most))
-    equal = -(-x.shape[0] // chunks)
+    chunks = max(1, -(-tokens // most))
+    equal = -(-tokens // chunks)
     return max(1, min(most, -(-equal // 128) * 128))
 
 

@@ -141,7 +141,7 @@ def _shown(config: RunConfig) -> int:
 def _kept(config: RunConfig, plan: PipelinePlan) -> tuple[Sequence[int] | None, str]:
     """Bytes of activations of each rank, and where they could not be counted why."""
     try:
-        return peak_activations(config, plan), ""
+        return peak_activations(config, plan, "cpu" if config.run.device == "cpu" else "cuda"), ""
     except Exception as error:  # a mixer of the user's own may do what has no meta form
         return None, f"activations not counted: {type(error).__name__}: {error}".splitlines()[0]
 

@@ -16,7 +16,7 @@ from nemohybrid.parallel.context import Group, ParallelContext
 from nemohybrid.parallel.layout import ParamLayout, Piece, Shard, layout_of, parameter
 from nemohybrid.parallel.tensor import TensorRanks, best_column, gathered_columns
 from nemohybrid.precision.gemm import Gemm, plain_gemm
-from nemohybrid_kernels.cross_entropy import linear_cross_entropy
+from nemohybrid_kernels.cross_entropy import linear_cross_entropy, rows_at_once
 
 
 def padded_vocabulary(config: ModelConfig) -> int:
@@ -80,11 +80,20 @@ class VocabularyMatrix(nn.Module):
 
     def cross_entropy(self, x: Tensor, labels: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D], this rank's tokens; labels [T] of all tokens -> losses of all tokens [T], fp32, the same on every rank."""
-        group, backend = seq.ranks.group, self.backend if self.gemm is plain_gemm else "plain"
-        how = {"columns": self.columns, "first": self.first, "product": self.gemm, "backend": backend}
+        group = seq.ranks.group
+        how = {"columns": self.columns, "first": self.first, "product": self.gemm, "backend": self._backend}
         if group.size > 1:
             how |= {"largest": partial(largest_over, group=group), "total": partial(sum_over, group=group)}
         return linear_cross_entropy(seq.enter(x), self.weight, labels, **how)
+
+    @property
+    def _backend(self) -> str:
+        return self.backend if self.gemm is plain_gemm else "plain"
+
+    def logits_at_once(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of the logits that this rank's loss of `tokens` holds at a time."""
+        most = rows_at_once(self.weight, tokens, dtype, self._backend)
+        return most * self.weight.shape[0] * dtype.itemsize
 
     def most_likely(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """x [T, D], this rank's tokens -> for all tokens the id with the largest logit, [T] int64. Not differentiable."""

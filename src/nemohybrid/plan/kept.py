@@ -15,6 +15,7 @@ from nemohybrid.model.mtp import MTPBlock
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.plan.axes import axes
+from nemohybrid.plan.kernels import bind_as_on
 from nemohybrid.symbols import parse_pattern
 
 
@@ -23,7 +24,7 @@ class Kept:
     """Bytes that one microbatch leaves on a rank for its backward pass, without recomputation, parameters left out.
 
     layers: of one layer of each symbol, of the model and of its MTP blocks; head: final norm, logits and loss; combine: the
-    entry of an MTP depth; logits, stream: one tensor of each.
+    entry of an MTP depth; logits: those that there are at a time; stream: one tensor of it.
     """
 
     layers: dict[str, int]
@@ -33,20 +34,22 @@ class Kept:
     stream: int
 
 
-def kept_by_microbatch(config: RunConfig, rows: int, room: float | None = None) -> Kept:
+def kept_by_microbatch(config: RunConfig, rows: int, room: float | None = None, device: str = "cpu") -> Kept:
     """Counted on the meta device, for `rows` sequences. May raise whatever a mixer of the user's own does there.
 
-    room: of exchanges between experts; None: as the configuration says, where it says something.
+    room: of exchanges between experts; None: as the configuration says, where it says something. device: the type of that
+    whose kernels run.
     """
     divided = axes(config, 1)
     with torch.device("meta"):
         divided = divided if room is None else replace(divided, room=room)
         model = HybridModel(config.model, ParallelContext.imaginary(divided))
-    return kept_by(model, config, rows)
+    return kept_by(model, config, rows, device)
 
 
-def kept_by(model: HybridModel, config: RunConfig, rows: int) -> Kept:
-    """The same of a whole model on the meta device."""
+def kept_by(model: HybridModel, config: RunConfig, rows: int, device: str = "cpu") -> Kept:
+    """The same of a whole model on the meta device, whose kernels are chosen here."""
+    bind_as_on(model, config.kernels, device)
     limited = model.context.experts is not None and model.context.experts.room > 0
     seq = SequenceContext(
         rows, config.data.sequence_length, share=1.0 if limited else None
@@ -56,12 +59,12 @@ def kept_by(model: HybridModel, config: RunConfig, rows: int) -> Kept:
     own_tokens = seq.tokens // seq.ranks.group.size if seq.ranks.cut else seq.tokens
     x = torch.empty(own_tokens, config.model.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
     kinds = _one_of_each(model, parsed.main, parsed.mtp)
-    logits = seq.tokens * model.output.weight.shape[0] * x.element_size()
+    labels = torch.empty(seq.tokens, dtype=torch.int64, device="meta")
     return Kept(
         layers={s: _kept_for_backward(lambda layer=layer: layer(x, seq), model) for s, layer in kinds.items()},
-        head=_kept_for_backward(lambda: model.output.own_logits(seq.enter(model.final_norm(x))), model) + logits,
+        head=_kept_for_backward(lambda: model.output.cross_entropy(model.final_norm(x), labels, seq), model),
         combine=_kept_by_combining(model, x) if parsed.mtp_depth else 0,
-        logits=logits,
+        logits=model.output.logits_at_once(seq.tokens, x.dtype),
         stream=x.nbytes,
     )
 

@@ -32,6 +32,7 @@ from nemohybrid.parallel.world import room_on
 from nemohybrid.plan.axes import axes
 from nemohybrid.plan.cut import staged
 from nemohybrid.plan.kept import kept_by, kept_by_microbatch
+from nemohybrid.plan.kernels import masks_documents
 from nemohybrid.plan.pipeline import peak_activations, plan_pipeline
 from nemohybrid.symbols import parse_pattern
 
@@ -69,7 +70,7 @@ def estimate(
     """What a rank of `config` keeps at the height of a step.
 
     data_ranks share the global batch; shard_ranks of them cut weights, gradients and optimizer state among themselves;
-    stage: which pipeline rank it is; device: its type, which decides about the room of exchanges between experts.
+    stage: which pipeline rank it is; device: its type, which decides about kernels and the room of exchanges between experts.
     """
     divided = replace(axes(config, data_ranks), shard=shard_ranks)
     divided = replace(divided, room=room_on(torch.device(device), divided))
@@ -81,8 +82,8 @@ def estimate(
     fixed = _whole(model) if shard_ranks == 1 else _cut(model, config, Cuts.of(divided), several=microbatches > 1)
     try:
         if config.parallel.pipeline > 1:
-            return MemoryEstimate(fixed, _in_flight(model, config, microbatches, stage))
-        return MemoryEstimate(fixed, _activations(model, config, rows))
+            return MemoryEstimate(fixed, _in_flight(model, config, microbatches, stage, device))
+        return MemoryEstimate(fixed, _activations(model, config, rows, device))
     except Exception as error:  # a mixer of the user's own may do what has no meta form; that must not stop a run
         return MemoryEstimate(fixed, {}, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
@@ -155,32 +156,37 @@ def _sent(unit: Unit, model: HybridModel, cuts: Cuts) -> int:
     return _weights(unit.module, cuts) - (FP32 - model.dtype.itemsize) * cast // FP32
 
 
-def _in_flight(model: HybridModel, config: RunConfig, microbatches: int, stage: int) -> dict[str, int]:
+def _in_flight(model: HybridModel, config: RunConfig, microbatches: int, stage: int, device: str) -> dict[str, int]:
     """Activations of a pipeline rank, whose microbatches wait for their way back."""
     plan = plan_pipeline(config, microbatches)
     rows, length, own = microbatch(config, 1), config.data.sequence_length, plan.segments[stage]
     symbols = {symbol for segment in own for symbol in segment.symbols}
     symbols |= set(plan.pattern.mtp if stage == plan.ranks - 1 else "")
-    kept = kept_by_microbatch(config, rows, room=model.context.experts.room if model.context.experts else None)
+    room = model.context.experts.room if model.context.experts else None
+    kept = kept_by_microbatch(config, rows, room, device)
     most = in_flight(plan.schedule, stage, plan.ranks, len(plan.pattern.segments), plan.microbatches)
     largest = max((kept.layers[symbol] for symbol in symbols), default=0)
     experts = _passing_experts(model, config.model, rows * length) if "E" in symbols else 0
-    masked = most if "*" in symbols and config.data.reset_documents else 0
+    masked = most if "*" in symbols else 0
     found = {
-        f"{most} passes in flight, {rows} x {length} tokens": peak_activations(config, plan)[stage],
+        f"{most} passes in flight, {rows} x {length} tokens": peak_activations(config, plan, device)[stage],
         "backward of the largest layer": 2 * largest + experts,
         "logits, their gradient": 2 * kept.logits if stage == plan.ranks - 1 else 0,
-        "document masks": masked * 3 * rows * length**2,
+        "document masks": masked * _mask(config, rows, device),
     }
     return {name: size for name, size in found.items() if size}
 
 
-def _activations(model: HybridModel, config: RunConfig, rows: int) -> dict[str, int]:
+def _mask(config: RunConfig, rows: int, device: str) -> int:
+    """Of one microbatch: bool, and bf16 for the kernel."""
+    masked = config.data.reset_documents and masks_documents(config.kernels, device)
+    return 3 * rows * config.data.sequence_length**2 if masked else 0
+
+
+def _activations(model: HybridModel, config: RunConfig, rows: int, device: str) -> dict[str, int]:
     length, parsed = config.data.sequence_length, parse_pattern(config.model.pattern)
-    pattern, depths, kept = parsed.main, parsed.mtp_depth, kept_by(model, config, rows)
-    mask = (
-        3 * rows * length**2 if "*" in pattern + parsed.mtp and config.data.reset_documents else 0
-    )  # bool, and bf16 for the kernel
+    pattern, depths, kept = parsed.main, parsed.mtp_depth, kept_by(model, config, rows, device)
+    mask = _mask(config, rows, device) if "*" in pattern + parsed.mtp else 0
     where = f"{rows} x {length} tokens"
     largest = max(kept.layers.values())
     if config.train.recompute == "layer":

@@ -137,8 +137,9 @@ def _compared(gain: float) -> str:
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak_activations(config: RunConfig, plan: PipelinePlan) -> tuple[int, ...]:
-    """Bytes a rank keeps for backward passes at most: of its stages, microbatches in flight times what one leaves.
+def peak_activations(config: RunConfig, plan: PipelinePlan, device: str = "cpu") -> tuple[int, ...]:
+    """Bytes a rank keeps for backward passes at most: of its stages, microbatches in flight times what one leaves, with the
+    kernels of a `device` of this type.
 
     In flight are the microbatches whose forward pass is done and whose backward pass is not: with gpipe all, with 1f1b
     at most ranks - rank. A recomputed layer keeps its input alone, and at its turn one layer, or the head of a model
@@ -147,7 +148,7 @@ def peak_activations(config: RunConfig, plan: PipelinePlan) -> tuple[int, ...]:
     """
     from nemohybrid.plan.kept import kept_by_microbatch  # torch takes seconds
 
-    kept = kept_by_microbatch(config, config.train.microbatch or 1)
+    kept = kept_by_microbatch(config, config.train.microbatch or 1, device=device)
     recompute, depth = config.train.recompute == "layer", plan.pattern.mtp_depth
     layers = {symbol: kept.stream if recompute else size for symbol, size in kept.layers.items()}
     again = recompute and depth > 0
