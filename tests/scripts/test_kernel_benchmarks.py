@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ interpreted = pytest.mark.skipif(not launching.interpreted(), reason="a rehearsa
 def scripts():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
-        names = ("against_mamba", "cases", "counts", "parts", "roofline", "timing")
+        names = ("against_mamba", "cases", "counts", "parts", "peer_compile", "roofline", "timing")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -113,6 +114,7 @@ def test_the_bars_are_those_of_the_issue(scripts, line):
     assert line(main, 0.5, part=scripts.parts.SCAN).verdict is None
     assert line(main, None).verdict is None
     assert line(main, None, faults={"ours": "wrong"}).verdict == "FAIL"
+    assert line(scripts.cases.TINY, 0.5).verdict is None
 
 
 def test_the_bars_are_judged_at_all_sizes_of_the_issue(scripts):
@@ -152,3 +154,34 @@ def test_a_rehearsal_of_the_comparison_measures_without_a_peer(scripts, tmp_path
         ("forward", {"ours", "torch"}, None),
         ("both", {"ours", "torch"}, None),
     ]
+
+
+def test_what_a_tuner_will_try_is_compiled_together_and_only_once_made_so(scripts, monkeypatch):
+    from triton.runtime import Autotuner
+
+    monkeypatch.setattr(Autotuner, "prune_configs", Autotuner.prune_configs)  # to be put back
+    assert scripts.peer_compile.compile_together()
+    wrapped = Autotuner.prune_configs
+    assert scripts.peer_compile.compile_together()
+    assert Autotuner.prune_configs is wrapped
+
+
+@pytest.mark.parametrize("count, compiled", [(3, [0, 1, 2]), (1, [])])
+def test_every_configuration_is_compiled_with_the_arguments_of_the_call(scripts, count, compiled):
+    def run(*args, rows, warmup, grid, scale):
+        assert open_modes, "compiled by itself"
+        assert (args, warmup, grid, scale) == ((5, 6), True, (1,), 2)
+        seen.append(rows)
+
+    @contextmanager
+    def mode(pool, ignore_errors):
+        open_modes.append(pool)
+        yield
+        open_modes.pop()
+
+    seen, open_modes = [], []
+    configs = [SimpleNamespace(all_kwargs=lambda at=at: {"rows": at}) for at in range(count)]
+    prune = scripts.peer_compile._compiling(lambda tuner, kwargs: configs, mode)
+    tuner = SimpleNamespace(fn=SimpleNamespace(run=run), nargs={"x": 5, "y": 6})
+    assert prune(tuner, {"grid": (1,), "warmup": False, "scale": 2}) is configs
+    assert seen == compiled

@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from peer_compile import compile_together
 from torch import Tensor
 
 from nemohybrid_kernels import packages
@@ -53,6 +54,8 @@ def load() -> Peer:
             raise PeerMissing(f"mamba-ssm is here, but not {package}, which its kernels need")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _make_interpretable()
+    else:
+        compile_together()
     _bare_package(folder / "mamba_ssm")
     try:
         combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
