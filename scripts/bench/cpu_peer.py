@@ -1,6 +1,7 @@
 """Trains the same small hybrid with nemohybrid and with transformers, in turns, on the cores of this machine.
 
 python scripts/bench/cpu_peer.py --json out.json
+python scripts/bench/cpu_peer.py --page             # and puts the run into docs/benchmarks
 
 Needs `pip install nemohybrid[hf]`, Linux, and for the C++ kernels of nemohybrid, which it builds, a compiler. Exits with 1
 where nemohybrid is less than 1.6 times as fast with them or 1.4 times without, takes more memory, or the two do not compute
@@ -8,7 +9,6 @@ the same. docs/benchmarks/cpu_peer.md says what is compared, and why it is fair.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -19,13 +19,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import psutil
+from cpu_peer_page import keep, to_json
 from cpu_peer_sides import Opened, Turn, build_kernels, memory, open_ours, open_peer, prepare, take_turn, tune_peer
 
 SPEED, PLAIN_SPEED = 1.6, 1.4
@@ -65,13 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ["NEMOHYBRID_CACHE"] = f"{folder}/none"
         report = compare(folder, options)
     report = {"machine": machine(options.threads), "busy_before": others, **report}
-    print(table(report))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1, default=asdict) + "\n")
+        options.json.write_text(to_json(report))
     faults = failures(
         report["nemohybrid"], report["transformers"], SPEED if report["kernels"]["built"] else PLAIN_SPEED
     )
-    print("\n".join(faults) or "all conditions hold")
+    printed = f"{table(report)}\n" + ("\n".join(faults) or "all conditions hold")
+    print(printed)
+    if options.page:
+        keep(report, printed)
     return 1 if faults and not options.no_check else 0
 
 
@@ -85,6 +88,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=_positive, default=2, help="of each side (default %(default)s)")
     parser.add_argument("--plain", action="store_true", help="nemohybrid without its C++ kernels")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/benchmarks/cpu_peer.json, .txt and its row in .md"
+    )
     parser.add_argument("--no-check", action="store_true", help="exit with 0 whatever comes out")
     parser.add_argument("overrides", nargs="*", help="of our configuration, for other sizes: model.hidden_size=256")
     return parser.parse_args(argv)

@@ -141,17 +141,51 @@ def test_a_busy_machine_is_warned_of(peer, report, when):
     assert "WARNING: other programs used the cores" in peer.table(report | {when: 0.3})
 
 
-@pytest.mark.parametrize(("words", "status"), [([], 1), (["--no-check"], 0)], ids=["check", "no check"])
-def test_a_slow_run_fails_unless_told_not_to_and_leaves_its_figures(peer, report, monkeypatch, tmp_path, words, status):
+@pytest.fixture
+def slow_run(peer, report, monkeypatch):
+    """What `main` gets instead of a comparison."""
     report["nemohybrid"] = replace(report["nemohybrid"], tokens_per_second=[1000.0, 1000.0, 500.0])
     monkeypatch.setattr(peer, "compare", lambda folder, options: report)
     monkeypatch.setattr(peer, "machine", lambda threads: {"machine": "some cores"})
     monkeypatch.setattr(peer.psutil, "cpu_percent", lambda interval: 0.0)
     for variable in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(variable, "1")  # so that what main sets is undone
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 1), (["--no-check"], 0)], ids=["check", "no check"])
+def test_a_slow_run_fails_unless_told_not_to_and_leaves_its_figures(peer, slow_run, tmp_path, words, status):
     assert peer.main([*words, "--json", str(tmp_path / "out.json")]) == status
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["transformers"]["tokens_per_second"] == [1000.0, 1000.0, 500.0]
+
+
+def test_the_page_gets_what_was_printed(peer, slow_run, monkeypatch, capsys):
+    kept = []
+    monkeypatch.setattr(peer, "keep", lambda report, printed: kept.append(printed))
+    assert peer.main(["--page"]) == 1
+    assert capsys.readouterr().out == kept[0] + "\n"
+    assert "FAILED: 1.00 times as fast" in kept[0]
+
+
+def test_a_run_is_put_into_the_page_with_its_figures_and_what_it_printed(peer, report, monkeypatch, tmp_path):
+    page = importlib.import_module("cpu_peer_page")
+    before = (page.BENCHMARKS / "cpu_peer.md").read_text().splitlines()
+    (tmp_path / "cpu_peer.md").write_text("\n".join(before) + "\n")
+    page.keep(report, "what was printed", tmp_path)
+    after = (tmp_path / "cpu_peer.md").read_text().splitlines()
+    (changed,) = (line for line, old in zip(after, before, strict=True) if line != old)
+    assert changed.startswith("| without C++ kernels, [the one kept here](cpu_peer.txt)")
+    assert changed.endswith("| 1.50 (1.40, 2.00) | 3 x 6 steps | 0 percent | 800, 900 | 550, 600 |")
+    assert json.loads((tmp_path / "cpu_peer.json").read_text())["nemohybrid"]["parameters"] == 100
+    assert (tmp_path / "cpu_peer.txt").read_text() == "what was printed\n"
+
+
+def test_the_page_and_what_was_printed_are_those_of_the_figures_that_are_kept(peer):
+    page = importlib.import_module("cpu_peer_page")
+    kept = json.loads((page.BENCHMARKS / "cpu_peer.json").read_text())
+    assert page.row(kept) in (page.BENCHMARKS / "cpu_peer.md").read_text().splitlines()
+    results = {side: peer.Result(**kept[side]) for side in ("nemohybrid", "transformers")}
+    assert (page.BENCHMARKS / "cpu_peer.txt").read_text().startswith(peer.table(kept | results))
 
 
 @pytest.mark.parametrize("words", [["--turns", "0"], ["--steps", "-1"], ["--threads", "two"]], ids=" ".join)
