@@ -6,7 +6,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nemohybrid_kernels.calls import CASES
 from nemohybrid_kernels.launching import ARCHITECTURES, table
 from nemohybrid_kernels.shipped import TOLERATED
 
@@ -20,7 +19,8 @@ TEXT = """\
 # What the kernels take of a GPU
 
 Every configuration that is shipped is compiled for GPUs that need not be there, by `scripts/bench/compile_kernels.py`, which
-also writes this page. It says what a program needs, and nothing about its speed: no GPU was involved.
+also writes this page. It says what a program needs, and nothing about its speed: no GPU was involved. What each launch moves
+and multiplies stands under [Predicted times](kernels_predicted.md).
 
 ```bash
 python scripts/bench/compile_kernels.py --page
@@ -38,13 +38,13 @@ may use the instructions of older GPUs.
 def render(rows: Sequence[Row]) -> str:
     versions = {row["triton"] for row in rows}
     text = TEXT.format(triton=", ".join(versions))
-    parts = [text, *(_architecture(number, rows) for number in ARCHITECTURES), _excuses(), _bytes()]
+    parts = [text, *(_architecture(number, rows) for number in ARCHITECTURES), _excuses()]
     return "\n".join(parts)
 
 
 def without_measurements(page: str) -> str:
     """The page with nothing on it that depends on the version of Triton."""
-    lines = re.sub(r"Triton \d\S*", "Triton", page).split("\n## Bytes")[0].splitlines()
+    lines = re.sub(r"Triton \d\S*", "Triton", page).splitlines()
     return "\n".join("|".join(line.split("|")[: -MEASURED - 1]) if line.startswith("| `") else line for line in lines)
 
 
@@ -112,21 +112,3 @@ def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]
 def _excuses() -> str:
     lines = [f"- `{kernel}`, {dtype}, {size}: {why}." for (kernel, dtype, size), why in TOLERATED.items()]
     return "\n".join(["## Spills that are let be", "", *lines, ""])
-
-
-def _bytes() -> str:
-    """Of the first case, a whole layer of Nemotron-H-8B."""
-    launches = CASES[0].launches(90)
-    lines = [[f"`{launch.kernel.__name__}`", f"{launch.tensor_bytes / 1e6:.1f}"] for launch in launches]
-    total = sum(launch.tensor_bytes for launch in launches)
-    return "\n".join(
-        [
-            "## Bytes of a layer",
-            "",
-            "Counted, not measured: the kernels of the middle of one Mamba-2 layer of Nemotron-H-8B, forward and then backward,",
-            "8192 tokens in bf16 with the tiles of sm_90, and what they move if each reads or writes every tensor once. What is",
-            "read again by other programs and found in no cache comes on top.",
-            "",
-            *_table(["kernel", "MB"], [*lines, ["together", f"{total / 1e6:.1f}"]]),
-        ]
-    )

@@ -107,6 +107,22 @@ def test_a_call_alone_has_a_time_for_each_round(scripts):
     assert len(scripts.timing.alone(lambda: calls.append(0), CPU, rounds=3).seconds) == len(calls) == 3
 
 
+def test_on_a_gpu_each_round_finds_other_data_in_the_cache_and_waits_for_nobody(scripts, monkeypatch):
+    def buffer(count, device):
+        assert count * 4 > 126e6, "the L2 cache of a B200 holds it"
+        return SimpleNamespace(sum=lambda: done.append("other data"))
+
+    done = []
+    clock = SimpleNamespace(record=lambda: done.append("clock"), elapsed_time=lambda end: 2.0)
+    monkeypatch.setattr(torch, "zeros", buffer)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    times = scripts.timing.alone(lambda: done.append("call"), torch.device("cuda"), rounds=2)
+    assert done == ["wait", "sleep", *(["other data", "clock", "call", "clock"] * 2), "wait"]
+    assert times.seconds == [0.002, 0.002]
+
+
 def test_the_bars_are_those_of_the_issue(scripts, line):
     main, slow = scripts.cases.MAIN, replace(scripts.cases.MAIN, tokens=2048)
     assert [line(main, ratio).verdict for ratio in (1.29, 1.3)] == ["FAIL", "pass"]
