@@ -1,7 +1,7 @@
 """The stages of scripts/gpu_suite.sh, which prepares the Python that runs this.
 
 Every stage runs, whatever became of the one before, with a log and a time limit of its own; a stage that measures reads
-its figures from what the run wrote. To add one, write a function that returns a `Stage` and name it in `STAGES`.
+its figures from what the run wrote. To add one, write a function that returns a `Stage` and name it in `PARTS`.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 from check_skips import read_report, verdict
+from gpu_tables import Outcome
 
 ROOT = Path(__file__).parents[1]
 GRACE_S = 10.0
@@ -45,28 +47,39 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """`command` for at most `limit_s` seconds; then `figures()` reads what it measured, or raises StageError."""
+    """`command` for at most `limit_s` seconds; then `outcome()` reads what it measured, or raises StageError."""
 
     name: str
     limit_s: float
     command: list[str]
-    figures: Callable[[], dict[str, Any]] = dict
+    outcome: Callable[[], Outcome] = Outcome
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """What became of a stage: `ok`, or why not, and its figures."""
+    """What became of a stage: `ok`, or why not, its figures, and lines of a table."""
 
     stage: str
     verdict: str
     seconds: float
     figures: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
 
 
 def tests(plan: Plan) -> Stage:
-    """tests/gpu, none of them skipped."""
-    report = plan.out / "tests.xml"
-    return Stage("tests", 210, _pytest(plan, report, "tests/gpu", "--durations=10"), lambda: _test_counts(report))
+    """tests/gpu but what takes long, none of them skipped."""
+    return _tests(plan, "tests", 210, "tests/gpu", *(f"--ignore=tests/gpu/{file}" for file in LONG_TESTS.values()))
+
+
+def full_size(plan: Plan) -> Stage:
+    """Gradients at the sizes of Nemotron-H-8B, and rows whose offsets do not fit into 32 bits."""
+    return _long_tests(plan, "full_size")
+
+
+def shipped(plan: Plan) -> Stage:
+    """Every kernel in every configuration that is shipped."""
+    return _long_tests(plan, "shipped")
 
 
 def quickstart(plan: Plan) -> Stage:
@@ -95,11 +108,71 @@ def throughput(plan: Plan) -> Stage:
     model = [f'model.pattern="{pattern}"', *(f"model.{key}={value}" for key, value in size.items())]
     job = [f"train.global_batch={batch}", f"data.sequence_length={length}", f"train.steps={steps}"]
     command = _train(plan, "throughput", *model, *job, "data=shakespeare", "logging.picture=false")
-    return Stage("throughput", 110, command, lambda: _speed(plan.out / "throughput"))
+    return Stage("throughput", 110, command, lambda: Outcome(_speed(plan.out / "throughput")))
 
 
-STAGES = (tests, quickstart, nccl, throughput)
-"""In the order in which they run. Their limits sum up to less than 9 minutes."""
+def kernels(plan: Plan) -> Stage:
+    """Our kernels, those of mamba-ssm and plain PyTorch, in turns: the main sizes, then as much of the grid as time allows."""
+    return _benchmark(plan, "kernels", "against_mamba.py", gpu_tables.kernels, seconds=400)
+
+
+def roofline(plan: Plan) -> Stage:
+    """Each of our kernels against what its bytes and FLOPs would take at least."""
+    return _benchmark(plan, "roofline", "roofline.py", gpu_tables.roofline, seconds=300)
+
+
+def layers(plan: Plan) -> Stage:
+    """Whole layers by us, by mamba-ssm, by plain PyTorch and by transformers."""
+    return _benchmark(plan, "layers", "layers.py", gpu_tables.layers, seconds=400)
+
+
+def model_4b(plan: Plan) -> Stage:
+    """Training steps of Nemotron-H-4B by us, by mamba-ssm, by plain PyTorch and by transformers."""
+    return _benchmark(plan, "model_4b", "models.py", gpu_tables.models, "--only=nemotron_h_4b", seconds=300)
+
+
+def model_1b(plan: Plan) -> Stage:
+    """The same of a hybrid of 1 billion parameters."""
+    return _benchmark(plan, "model_1b", "models.py", gpu_tables.models, "--only=hybrid_1b", seconds=300)
+
+
+LONG_TESTS = {"full_size": "test_full_size.py", "shipped": "test_shipped_kernels.py"}
+"""Stage -> its file in tests/gpu."""
+PARTS = {
+    "checks": (tests, quickstart, nccl, throughput),
+    "full_size": (full_size,),
+    "shipped": (shipped,),
+    "kernels": (kernels,),
+    "roofline": (roofline,),
+    "layers": (layers,),
+    "model_4b": (model_4b,),
+    "model_1b": (model_1b,),
+}
+"""In the order in which they run. The limits of each part sum up to less than 9 minutes."""
+STAGES = tuple(stage for part in PARTS.values() for stage in part)
+LONGEST_S = 520
+"""Of a stage that is a part by itself."""
+
+
+def _tests(plan: Plan, name: str, limit_s: float, *arguments: str, **environment: str) -> Stage:
+    report = plan.out / f"{name}.xml"
+    command = _pytest(plan, report, *arguments, "--durations=10")
+    return Stage(name, limit_s, command, lambda: _test_counts(report), environment)
+
+
+def _long_tests(plan: Plan, name: str) -> Stage:
+    """By name as they pass: a stage that is stopped has no report."""
+    interpreted = {"TRITON_INTERPRET": "1"} if plan.rehearse else {}
+    return _tests(plan, name, LONGEST_S, f"tests/gpu/{LONG_TESTS[name]}", "-v", **interpreted)
+
+
+def _benchmark(plan: Plan, name: str, script: str, make: Callable[..., Outcome], *more: str, seconds: int) -> Stage:
+    """Begins nothing after so many seconds. What its file says counts, whatever became of it."""
+    file = plan.out / f"{name}.json"
+    arguments = ["--rehearse"] if plan.rehearse else [f"--seconds={seconds}", *more]
+    command = [sys.executable, str(ROOT / "scripts/bench/kernels" / script), *arguments, f"--out={file}"]
+    environment = {"TRITON_CACHE_AUTOTUNING": "1"}  # what mamba-ssm's kernels found once need not be found again
+    return Stage(name, LONGEST_S, command, lambda: gpu_tables.read(file, make), environment)
 
 
 def _python(module: str) -> list[str]:
@@ -117,20 +190,20 @@ def _train(plan: Plan, name: str, *overrides: str) -> list[str]:
     return [*_python("nemohybrid"), "train", *overrides, *place, "logging.console=lines"]
 
 
-def _test_counts(report: Path) -> dict[str, Any]:
+def _test_counts(report: Path) -> Outcome:
     lines, well = verdict(read_report(report), rules=[])
     if not well:
         raise StageError("; ".join(lines))
-    return {"tests": lines[-1]}
+    return Outcome({"tests": lines[-1]})
 
 
-def _quality(folder: Path, limit: float) -> dict[str, Any]:
+def _quality(folder: Path, limit: float) -> Outcome:
     from nemohybrid.observe.metrics import read_metrics
 
     scores = [float(r["val_bits_per_byte"]) for r in read_metrics(folder / "metrics.jsonl") if "val_bits_per_byte" in r]
     if not scores or not scores[-1] < limit:
         raise StageError(f"val_bits_per_byte is {scores[-1] if scores else 'missing'}, it should be below {limit}")
-    return {"val_bits_per_byte": scores[-1], **_speed(folder)}
+    return Outcome({"val_bits_per_byte": scores[-1], **_speed(folder)})
 
 
 def _speed(folder: Path) -> dict[str, Any]:
@@ -146,26 +219,35 @@ def _speed(folder: Path) -> dict[str, Any]:
 
 
 def run_stage(stage: Stage, out: Path) -> Result:
-    """Run one stage, its output going to <out>/<name>.log."""
+    """Run one stage, its output going to <out>/<name>.log. One that failed has the figures that it left."""
     began = time.monotonic()
     try:
-        with (out / f"{stage.name}.log").open("wb") as log, _own_session(stage.command, log) as process:
+        with (out / f"{stage.name}.log").open("wb") as log, _own_session(stage, log) as process:
             code = process.wait(stage.limit_s)
-        figures = stage.figures() if code == 0 else {}
-        outcome = "ok" if code == 0 else f"exit status {code}"
+        problem = None if code == 0 else f"exit status {code}"
     except subprocess.TimeoutExpired:
-        figures, outcome = {}, f"stopped after {stage.limit_s:.0f} s"
-    except (StageError, OSError) as error:
-        figures, outcome = {}, str(error)
-    return Result(stage.name, outcome, round(time.monotonic() - began, 1), figures)
+        problem = f"stopped after {stage.limit_s:.0f} s"
+    except OSError as error:
+        problem = str(error)
+    outcome, unread = _outcome(stage)
+    seconds = round(time.monotonic() - began, 1)
+    return Result(stage.name, problem or unread or "ok", seconds, outcome.figures, outcome.lines)
+
+
+def _outcome(stage: Stage) -> tuple[Outcome, str | None]:
+    """And why there is none."""
+    try:
+        return stage.outcome(), None
+    except (StageError, OSError, ValueError) as error:
+        return Outcome(), str(error)
 
 
 @contextmanager
-def _own_session(command: list[str], log: Any) -> Iterator[subprocess.Popen[Any]]:
+def _own_session(stage: Stage, log: Any) -> Iterator[subprocess.Popen[Any]]:
     """A process with all its children to itself: whatever ends the block, none of them is left."""
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | stage.environment
     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+    process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, start_new_session=True, **streams)
     try:
         yield process
     finally:
@@ -234,11 +316,12 @@ def gpu_obstacle() -> str | None:
 
 
 def table(results: list[Result]) -> list[str]:
-    """A line a stage."""
+    """A line a stage, and beneath it those of its own table."""
     lines = []
     for result in results:
         figures = ", ".join(f"{key} {_short(value)}" for key, value in result.figures.items())
         lines.append(f"{result.stage:12}{result.seconds:7.1f} s  {result.verdict}{f'  {figures}' if figures else ''}")
+        lines += [f"    {line}" for line in result.lines]
     return lines
 
 
@@ -266,8 +349,15 @@ def options() -> argparse.Namespace:
     default = f"runs/gpu_suite-{time.strftime('%Y%m%d-%H%M%S')}"
     parser.add_argument("--out", type=Path, default=ROOT / default, help=f"a new or empty folder (default {default})")
     parser.add_argument("--rehearse", action="store_true", help="the same stages, small and on the CPU")
-    parser.add_argument("--only", action="append", choices=[make.__name__ for make in STAGES], help="may be repeated")
+    names = [*PARTS, *(make.__name__ for make in PARTS["checks"])]
+    parser.add_argument("--only", action="append", choices=names, help="a part or a stage; may be repeated")
     return parser.parse_args()
+
+
+def chosen_stages(only: list[str] | None, plan: Plan) -> list[Stage]:
+    """All, or those that were named, or whose part was."""
+    wanted = {stage for name in only or PARTS for stage in PARTS.get(name, ())}
+    return [make(plan) for make in STAGES if make in wanted or make.__name__ in (only or ())]
 
 
 def main() -> int:
@@ -283,8 +373,7 @@ def main() -> int:
     facts = json.dumps(machine(plan.rehearse), indent=1)
     (plan.out / "machine.json").write_text(facts + "\n")
     print(facts, flush=True)
-    stages = [make(plan) for make in STAGES if chosen.only is None or make.__name__ in chosen.only]
-    results = run_all(plan, stages)
+    results = run_all(plan, chosen_stages(chosen.only, plan))
     print(f"\n{plan.out}", *table(results), sep="\n")
     return 0 if all(result.verdict == "ok" for result in results) else 1
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# What only a GPU can show: its tests, a bf16 quickstart, NCCL, speed. Needs a CUDA machine with torch, and no internet:
-#   bash scripts/gpu_suite.sh [--out DIR] [--only STAGE]...     DIR: a new one in runs/; less than 9 minutes on an H100
+# What only a GPU can show: its tests, a bf16 quickstart, NCCL, and how fast kernels, layers and models are, beside those of
+# others where they are found. Needs a CUDA machine with torch, and no internet:
+#   bash scripts/gpu_suite.sh [--out DIR] [--only PART]...     DIR: a new one in runs/; PART: checks, full_size, shipped, kernels,
+#                                    roofline, layers, model_4b, model_1b, or a stage of checks; each less than 9 minutes on an H100
 #   bash scripts/gpu_suite.sh --rehearse                        the same stages, small and on the CPU
 #   NEMOHYBRID_WHEELHOUSE=FOLDER     what scripts/wheelhouse.sh collected (default: wheelhouse in the clone; empty: the
 #                                    Python here has everything)
@@ -14,20 +16,37 @@ wheels=${NEMOHYBRID_WHEELHOUSE-$root/wheelhouse}
 find_python() {
   local candidate
   for candidate in python3 python python3.12 python3.11; do
-    "$candidate" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' 2>/dev/null || continue
+    has "$candidate" torch 2>/dev/null || continue
     echo "$candidate" && return
   done
   echo "gpu_suite: no Python with torch was found here" >&2
   return 1
 }
 
+has() {
+  "$1" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec(sys.argv[1]))' "$2"
+}
+
 # Into a folder of its own that comes first in the path. pip looks nowhere else and resolves nothing, so it replaces nothing.
 install_wheels() {
   "$python" -m pip install -qq --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
-    --target "$site" "$wheels"/*.whl && return
-  echo "gpu_suite: these wheels do not install with $("$python" --version); collect those for it with" \
-    "scripts/wheelhouse.sh FOLDER --python VERSION" >&2
-  return 1
+    --target "$1" "${@:2}"
+}
+
+# What ours is compared with: a stage says itself what it misses, so nothing ends here.
+install_peers() {
+  if compgen -G "$wheels/peers/*.whl" >/dev/null; then
+    install_wheels "$site/peers" "$wheels"/peers/*.whl || echo "gpu_suite: the wheels in $wheels/peers do not install here" >&2
+  fi
+  has "$python" mamba_ssm || [ -n "${NEMOHYBRID_MAMBA_SSM-}" ] || unpack_mamba
+}
+
+unpack_mamba() {
+  local source
+  source=$(compgen -G "$wheels/peers/mamba_ssm-*.tar.gz" | tail -n 1) || return 0
+  mkdir -p "$site/mamba_ssm"
+  tar -xzf "$source" -C "$site/mamba_ssm" --strip-components=1 || return 0
+  export NEMOHYBRID_MAMBA_SSM=$site/mamba_ssm
 }
 
 python=$(find_python) || exit 2
@@ -38,7 +57,12 @@ if [ -n "$wheels" ]; then
     echo "gpu_suite: no wheels in $wheels; make them with scripts/wheelhouse.sh where there is internet" >&2
     exit 2
   }
-  install_wheels || exit 2
+  install_wheels "$site/core" "$wheels"/*.whl || {
+    echo "gpu_suite: these wheels do not install with $("$python" --version); collect those for it with" \
+      "scripts/wheelhouse.sh FOLDER --python VERSION" >&2
+    exit 2
+  }
+  install_peers
 fi
 
-PYTHONPATH=$root/src:$root/kernels:$site PYTHONUNBUFFERED=1 "$python" "$root/scripts/gpu_suite.py" "$@"
+PYTHONPATH=$root/src:$root/kernels:$site/core:$site/peers PYTHONUNBUFFERED=1 "$python" "$root/scripts/gpu_suite.py" "$@"

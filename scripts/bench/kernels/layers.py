@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from against_mamba import relative_error
 from peer import Peer
 from sides import Side, copy_weights, find_peer, first_line, hf_model, ours, sides
-from timing import in_turns
+from timing import device_for, in_turns
 from torch import Tensor, nn
 
 from nemohybrid.config.accounting import TRAINING_PASSES, layer_cost
@@ -176,6 +175,10 @@ def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tole
     return f"wrong: {', '.join(wrong)}" if wrong else None
 
 
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
 def _fill(result: Result, candidate: Candidate, job: Job, seconds: float) -> None:
     flops = TRAINING_PASSES * layer_cost(job.symbol, job.config, job.tokens).flops * job.tokens
     result.tokens_per_second, result.model_flops_per_second = job.tokens / seconds, flops / seconds
@@ -194,7 +197,7 @@ def _fill(result: Result, candidate: Candidate, job: Job, seconds: float) -> Non
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all layers; exits with 1 where ours has no time."""
     options = _parse(argv)
-    device = torch.device("cpu" if options.rehearse else "cuda")
+    device = device_for(options.rehearse)
     began, results, left = time.monotonic(), list[Result](), list[str]()
     peer, words = find_peer()
     facts = machine(device) | {"date": time.strftime("%Y-%m-%d"), "rehearsal": str(options.rehearse), "peer": words}

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from peer import Peer
 from sides import Side, find_peer, first_line, hf_model, sides
+from timing import device_for
 
 from nemohybrid.config.accounting import TRAINING_PASSES, total_cost
 from nemohybrid.config.compose import load_config
@@ -221,13 +222,8 @@ def row(result: Result) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train all models; exits with 1 where ours cannot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(MODELS), help="of the models")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after so long")
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, for its code")
-    parser.add_argument("--out", type=Path, help="write all figures to this file")
-    options = parser.parse_args(argv)
-    device = torch.device("cpu" if options.rehearse else "cuda")
+    options = _parse(argv)
+    device = device_for(options.rehearse)
     peer, words = find_peer()
     facts = machine(device) | {"date": time.strftime("%Y-%m-%d"), "rehearsal": str(options.rehearse), "peer": words}
     print(*(f"{name}: {fact}" for name, fact in facts.items()), HEADINGS, sep="\n", flush=True)
@@ -237,6 +233,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _all_of(name, overrides, device, peer, report)
     print(*verdict(report), sep="\n")
     return 1 if any(result.fault and result.side == "ours" for result in report.results) else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(MODELS), help="of the models")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after so long")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, for its code")
+    parser.add_argument("--out", type=Path, help="write all figures to this file")
+    return parser.parse_args(argv)
 
 
 def _all_of(name: str, overrides: Sequence[str], device: torch.device, peer: Peer | None, report: Report) -> None:

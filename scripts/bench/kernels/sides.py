@@ -59,7 +59,7 @@ def ours(model: HybridModel, device: torch.device, dtype: torch.dtype) -> list[s
 
 def plain(model: HybridModel, device: torch.device, dtype: torch.dtype) -> list[str]:
     """PyTorch in the place of our kernels; attention and experts stay what they are."""
-    torch_only = {"ssd_backend": "torch", "conv1d_backend": "torch", "norm_backend": "torch"}
+    torch_only = {f"{operator}_backend": "torch" for operator in ("ssd", "conv1d", "norm", "activation")}
     return _bound(model, KernelsSection(mixer_backend="separate", **torch_only), device, dtype)
 
 
