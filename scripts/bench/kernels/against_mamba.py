@@ -24,7 +24,7 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 import torch
-from cases import MAIN, TINY, Sizes, grid
+from cases import MAIN, TINY, Sizes, bar, grid
 from parts import MIDDLE, PARTS, SCAN, Inputs, Part, Side
 from peer import Peer, PeerMissing, load
 from timing import device_for, in_turns, ratios
@@ -36,8 +36,6 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.05}
 """Of the norm of an output or a gradient: mamba-ssm multiplies fp32 in TF32, and sums of thousands of rounded products drift."""
 TWIN_UP_TO = 8192
 """Tokens that PyTorch scans in fp32 to say what is right: it keeps whole squares of every chunk and head."""
-AT_MAIN_SIZES, ELSEWHERE = 1.3, 1.0
-"""What the peer's time over ours must reach: forward and backward of the whole middle of a mixer."""
 
 
 @dataclass
@@ -88,7 +86,7 @@ def bar_of(part: Part, sizes: Sizes, direction: str) -> float | None:
     """None in a rehearsal, which is in fp32: its times mean nothing."""
     if part is not MIDDLE or direction != "both" or sizes.dtype != torch.bfloat16:
         return None
-    return AT_MAIN_SIZES if sizes == MAIN else ELSEWHERE
+    return bar(sizes)
 
 
 def verdict(line: Line) -> str | None:
