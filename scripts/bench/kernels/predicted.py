@@ -149,8 +149,8 @@ pass that reads its inputs and writes its results once; no such kernel fits onto
 ## All sizes
 
 All that have a [bar](kernels_method.md#the-bars), forward and backward together; mamba-ssm with the better of chunks of 128 and
-256 tokens. Packed documents add 4 bytes a token to some kernels, and change no ratio. Where a ratio lies below its bar, the bar is
-met only if our kernels come closer to their bound than mamba-ssm's to theirs.
+256 tokens. Packed documents add 4 bytes a token to some kernels, and change no ratio. Where a ratio lies below its bar, the bar
+is met only if our kernels come closer to their bound than mamba-ssm's to theirs.
 """
 OURS = """
 ## Kernels of the mixer
