@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -16,5 +18,6 @@ class lazy(Generic[T]):
 
     def __get__(self, owner: object, _: type) -> T:
         value = self.compute(owner)
-        object.__setattr__(owner, self.name, value)  # found before this from now on; the owner may be frozen
+        if not torch.compiler.is_compiling():  # a graph leaves objects alone, and makes what is the same once
+            object.__setattr__(owner, self.name, value)  # found before this from now on; the owner may be frozen
         return value

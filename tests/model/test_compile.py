@@ -29,9 +29,10 @@ TORCH = {
     "ssd_backend": "torch",
     "conv1d_backend": "torch",
     "norm_backend": "torch",
+    "activation_backend": "torch",
     "attention_backend": "torch",
 }
-TRITON = {"ssd_backend": "triton", "conv1d_backend": "triton", "norm_backend": "triton"}
+TRITON = {f"{name}_backend": "triton" for name in ("ssd", "conv1d", "norm", "activation")}
 BACKENDS = {"torch": TORCH, "triton": TRITON | {"mixer_backend": "triton"}}
 
 
@@ -146,3 +147,20 @@ def test_a_compiled_router_counts_every_trained_token_once_and_for_itself(losses
     for name, counted in vars(wanted).items():
         got = getattr(router_losses(twin).tally, name)
         torch.testing.assert_close(got, counted, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_model_whose_layers_are_computed_again_is_one_graph_in_training(tiny_model, token_rows):
+    model = tiny_model("ME*-", router=LOSSES["losses"], **SMALL)
+    bind_kernels(model.to(DEVICE), KernelsSection(**TORCH), DEVICE, torch.float32, packed=True)
+    model.recompute, rows = True, token_rows(ROWS, LENGTH).to(DEVICE)
+    torch.compiler.reset()
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(rows, context(True, share=0.5)).square().sum().backward()
+        losses = router_losses(model.layers.get_submodule("1"))
+        found.append({name: p.grad for name, p in model.named_parameters()} | vars(losses.tally))
+        losses.tally = None
+    for name, wanted in found[0].items():
+        got = found[1][name]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

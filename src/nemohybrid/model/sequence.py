@@ -138,9 +138,12 @@ class SequenceContext:
         """The documents of these tokens, as attention without a cache wants to know them; None: one a row."""
         if self.document_ids is None:
             return None
-        if device not in self._documents:
-            self._documents[device] = Documents(self.document_ids.to(device))
-        return self._documents[device]
+        if device in self._documents:
+            return self._documents[device]
+        documents = Documents(self.document_ids.to(device))
+        if not torch.compiler.is_compiling():  # as in `lazy`
+            self._documents[device] = documents
+        return documents
 
     def attention_mask(self, device: torch.device) -> Tensor | None:
         """[batch or 1, 1, length, past + length], True where a token may look; None: plainly causal without a past."""
