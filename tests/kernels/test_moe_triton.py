@@ -16,6 +16,7 @@ from nemohybrid_kernels import launching
 from nemohybrid_kernels.activation import squared_relu, squared_relu_torch
 from nemohybrid_kernels.errors import BackendError
 from nemohybrid_kernels.moe import backends, expert_mlp
+from nemohybrid_kernels.moe.grouped import expert_mlp_grouped
 from nemohybrid_kernels.moe.products import GROUPED_MM, SEGMENTS, Products
 from nemohybrid_kernels.moe.visits import by_visit, sort_by_expert, sum_by_token
 
@@ -216,6 +217,15 @@ def test_a_compiled_graph_has_no_breaks_and_the_same_gradients(assert_same, resu
     run = experts(activation=squared_relu, products=GROUPED_MM)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_same(results_and_gradients(compiled, inputs), results_and_gradients(run, inputs), 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_grouped_experts_with_squared_relu_in_triton_are_one_graph(assert_same, results_and_gradients):
+    inputs = moe_inputs(dtype=torch.bfloat16)
+    activation = partial(squared_relu, backend="triton")
+    run = experts(partial(expert_mlp_grouped, products=GROUPED_MM), activation=activation)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same(results_and_gradients(compiled, inputs), results_and_gradients(run, inputs), 2e-2)
 
 
 def test_nothing_waits_for_the_host():

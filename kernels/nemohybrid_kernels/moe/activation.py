@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from nemohybrid_kernels.activation import is_squared_relu, squared_relu_torch
+
 # n rows of visits, F width of an expert
 
 Activation = Callable[[Tensor], Tensor]
@@ -32,7 +34,8 @@ def activate_backward(up_out: Tensor, weights: Tensor, hidden: Tensor, activatio
 def _differentiated(activation: Activation, up_out: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The activation, and what takes its gradient to that of `up_out`."""
     if torch.compiler.is_compiling():  # it cannot look into `autograd.grad`, which takes half the time of `vjp` else
-        activated, pull_back = torch.func.vjp(activation, up_out)  # pyright: ignore[reportAssignmentType]
+        plain = squared_relu_torch if is_squared_relu(activation) else activation  # `vjp` knows no operators of ours
+        activated, pull_back = torch.func.vjp(plain, up_out)  # pyright: ignore[reportAssignmentType]
         return activated, lambda gradient: pull_back(gradient)[0]
     with torch.enable_grad():
         leaf = up_out.detach().requires_grad_()
