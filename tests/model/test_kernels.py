@@ -1,5 +1,8 @@
 """The backend of every operator is decided before the first step, said once, and refused at once where it cannot run."""
 
+import re
+from pathlib import Path
+
 import fake_packages
 import pytest
 import torch
@@ -49,6 +52,12 @@ def test_the_names_in_the_configuration_are_those_of_the_operators():
     assert {*cross_entropy.backends(fp32)} == possible["cross_entropy"]
     assert {*attention.backends(Case(fp32))} == possible["attention"]
     assert {*mixer.backends(fp32)} - {"torch"} == possible["mixer"] - {"separate"}
+
+
+def test_the_page_lists_the_backends_of_every_operator_in_their_order():
+    page = (Path(__file__).parents[2] / "docs/kernels.md").read_text()
+    rows = re.findall(r"^\| `kernels\.(\w+)_backend` \|.*\| (.*) \|$", page, re.MULTILINE)
+    assert {name: tuple(re.findall(r"`(\w+)`", cell)) for name, cell in rows} == BACKENDS
 
 
 def test_the_rule_about_caps_names_the_backends_that_have_none():
