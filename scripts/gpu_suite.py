@@ -171,7 +171,8 @@ def _benchmark(plan: Plan, name: str, script: str, make: Callable[..., Outcome],
     file = plan.out / f"{name}.json"
     arguments = ["--rehearse"] if plan.rehearse else [f"--seconds={seconds}", *more]
     command = [sys.executable, str(ROOT / "scripts/bench/kernels" / script), *arguments, f"--out={file}"]
-    environment = {"TRITON_CACHE_AUTOTUNING": "1"}  # what mamba-ssm's kernels found once need not be found again
+    # What mamba-ssm's kernels found once need not be found again by the next stage. The interpreter has nothing to find.
+    environment = {} if plan.rehearse else {"TRITON_CACHE_AUTOTUNING": "1"}
     return Stage(name, LONGEST_S, command, lambda: gpu_tables.read(file, make), environment)
 
 
@@ -315,6 +316,11 @@ def gpu_obstacle() -> str | None:
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU it can use; does nvidia-smi show one?"
 
 
+def heading(plan: Plan) -> list[str]:
+    """What must not be forgotten of the figures."""
+    return ["A rehearsal: none of these figures measures anything."] if plan.rehearse else []
+
+
 def table(results: list[Result]) -> list[str]:
     """A line a stage, and beneath it those of its own table."""
     lines = []
@@ -339,7 +345,7 @@ def run_all(plan: Plan, stages: list[Stage]) -> list[Result]:
         results.append(run_stage(stage, plan.out))
         print(*table(results[-1:]), sep="\n", flush=True)
         (plan.out / "results.json").write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
-        (plan.out / "summary.txt").write_text("\n".join(table(results)) + "\n")
+        (plan.out / "summary.txt").write_text("\n".join([*heading(plan), *table(results)]) + "\n")
     return results
 
 
@@ -374,7 +380,7 @@ def main() -> int:
     (plan.out / "machine.json").write_text(facts + "\n")
     print(facts, flush=True)
     results = run_all(plan, chosen_stages(chosen.only, plan))
-    print(f"\n{plan.out}", *table(results), sep="\n")
+    print(f"\n{plan.out}", *heading(plan), *table(results), sep="\n")
     return 0 if all(result.verdict == "ok" for result in results) else 1
 
 

@@ -45,7 +45,7 @@ unpack_mamba() {
   local source
   source=$(compgen -G "$wheels/peers/mamba_ssm-*.tar.gz" | tail -n 1) || return 0
   mkdir -p "$site/mamba_ssm"
-  tar -xzf "$source" -C "$site/mamba_ssm" --strip-components=1 || return 0
+  tar -xzf "$source" -C "$site/mamba_ssm" --strip-components=1 --no-same-owner || return 0
   export NEMOHYBRID_MAMBA_SSM=$site/mamba_ssm
 }
 

@@ -1,14 +1,18 @@
 """Collects the dependencies of nemohybrid as wheels for Linux x86-64, without torch and what comes with it.
 
-    python scripts/wheelhouse.py [FOLDER] [--python 3.12]
+    python scripts/wheelhouse.py [FOLDER] [--python 3.12] [--peers]
 
 The versions are those of pyproject.toml. FOLDER/contents.json says what was collected for which requirements: as long
 as both are unchanged, another run only checks the sizes. Exits 1 when pip fails or the wheels weigh over 60 MiB.
+
+--peers: into FOLDER/peers also what our kernels and models are compared with, transformers and the source of mamba-ssm. What
+of it cannot be had is said, and fails nothing.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,6 +49,9 @@ WITH_TORCH = {
 }
 """Dependencies of torch, found wherever it is installed."""
 
+OF_MAMBA = "einops>=0.7,<1"
+"""What the Triton kernels of mamba-ssm need beside torch and triton."""
+
 # pip matches a manylinux tag exactly, so each glibc that wheels are built for is named: up to 2.28, that of RHEL 8.
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 27, 26, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
 
@@ -55,6 +62,12 @@ def requirements(pyproject: Path) -> list[str]:
     tools = [line for line in project["optional-dependencies"]["dev"] if _name(line) in TESTING]
     core = [line for line in project["dependencies"] if _name(line) not in PLACEHOLDERS.keys() | WITH_TORCH]
     return core + tools
+
+
+def peers(pyproject: Path) -> list[str]:
+    """transformers, mamba-ssm, and what that needs."""
+    extras = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    return [*extras["hf"], OF_MAMBA, *(line for line in extras["mamba"] if _name(line) == "mamba-ssm")]
 
 
 def _name(text: str) -> str:
@@ -71,14 +84,58 @@ def collect(folder: Path, wanted: list[str], python: str) -> None:
         built, fetched = Path(scratch) / "built", Path(scratch) / "fetched"
         _pip("wheel", "--no-deps", "--wheel-dir", str(built), SOURCE_ONLY)
         pins = [_placeholder(built, name, version) for name, version in PLACEHOLDERS.items()]
-        target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
-        target += [f"--platform={tag}" for tag in PLATFORMS]
-        _pip("download", "--dest", str(fetched), "--find-links", str(built), *target, *pins, *wanted)
+        _pip("download", "--dest", str(fetched), "--find-links", str(built), *_target(python), *pins, *wanted)
         for old in folder.glob("*.whl"):
             old.unlink()
         for wheel in fetched.glob("*.whl"):
             if _name(wheel.name.split("-")[0]) not in PLACEHOLDERS.keys() | WITH_TORCH:
                 (folder / wheel.name).write_bytes(wheel.read_bytes())
+
+
+def collect_peers(folder: Path, core: Path, wanted: list[str], python: str) -> list[str]:
+    """Fill `folder` with what there is of `wanted` and is not in `core`. Returns the requirements that pip could not meet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in _files(folder):
+        old.unlink()
+    return [one for one in wanted if not _had(one, folder, core, python)]
+
+
+def _had(wanted: str, folder: Path, core: Path, python: str) -> bool:
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if _name(wanted) == "mamba-ssm":
+                _source(wanted, Path(scratch))
+            else:
+                _wheels(wanted, Path(scratch), core, python)
+        except subprocess.CalledProcessError:
+            return False
+        for file in _files(Path(scratch)):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return True
+
+
+def _wheels(wanted: str, scratch: Path, core: Path, python: str) -> None:
+    """Such that they fit those of `core`, without what is there."""
+    held = dict(wheel.name.split("-")[:2] for wheel in core.glob("*.whl"))
+    (scratch / "held.txt").write_text("".join(f"{name}=={version}\n" for name, version in held.items()))
+    constraint = f"--constraint={scratch / 'held.txt'}"
+    _pip("download", "--dest", str(scratch), "--find-links", str(core), constraint, *_target(python), wanted)
+    for wheel in scratch.glob("*.whl"):
+        if wheel.name.split("-")[0] in held or _name(wheel.name.split("-")[0]) in WITH_TORCH:
+            wheel.unlink()
+
+
+def _source(wanted: str, scratch: Path) -> None:
+    """Its wheels are compiled for one torch each; its Triton kernels are Python. Its set-up wants torch and setuptools here."""
+    os.environ["MAMBA_SKIP_CUDA_BUILD"] = "TRUE"  # or it looks for a compiler to say what it is
+    alone = ["--no-deps", "--no-build-isolation", f"--no-binary={_name(wanted)}"]
+    _pip("download", "--dest", str(scratch), *alone, wanted)
+
+
+def _target(python: str) -> list[str]:
+    """Wheels for that Python on Linux x86-64."""
+    platforms = [f"--platform={tag}" for tag in PLATFORMS]
+    return ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *platforms]
 
 
 def _pip(*arguments: str) -> None:
@@ -95,10 +152,14 @@ def _placeholder(folder: Path, name: str, version: str) -> str:
     return f"{name}=={version}"
 
 
+def _files(folder: Path) -> list[Path]:
+    return [*folder.glob("*.whl"), *folder.glob("*.tar.gz")]
+
+
 def sizes(folder: Path) -> dict[str, int]:
-    """File name -> bytes of every wheel, the largest first."""
-    wheels = sorted(folder.glob("*.whl"), key=lambda wheel: (-wheel.stat().st_size, wheel.name))
-    return {wheel.name: wheel.stat().st_size for wheel in wheels}
+    """File name -> bytes of every wheel and source, the largest first."""
+    files = sorted(_files(folder), key=lambda file: (-file.stat().st_size, file.name))
+    return {file.name: file.stat().st_size for file in files}
 
 
 def digest(wanted: list[str], python: str) -> str:
@@ -119,6 +180,12 @@ def is_complete(folder: Path, expected: str) -> bool:
     return found == {"digest": expected, "wheels": sizes(folder)}
 
 
+def remember(folder: Path, collected: str) -> None:
+    """Let `is_complete` know."""
+    contents = {"digest": collected, "wheels": sizes(folder)}
+    (folder / "contents.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+
+
 def report(weights: dict[str, int]) -> list[str]:
     """A line a wheel, and the sum."""
     lines = [f"{size / 2**20:8.2f} MiB  {name}" for name, size in weights.items()]
@@ -129,25 +196,48 @@ def main() -> int:
     parser = argparse.ArgumentParser("wheelhouse", description="Wheels for a GPU machine without internet.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("wheelhouse"))
     parser.add_argument("--python", default="3.12", help="version that runs there (default 3.12)")
+    parser.add_argument("--peers", action="store_true", help="also what ours is compared with, into FOLDER/peers")
     options = parser.parse_args()
-    wanted = requirements(Path(__file__).parents[1] / "pyproject.toml")
-    expected = digest(wanted, options.python)
-    if is_complete(options.folder, expected):
-        print(f"{options.folder} is complete: nothing to download")
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    status = get_core(options.folder, requirements(pyproject), options.python)
+    if options.peers and status == 0:
+        get_peers(options.folder, peers(pyproject), options.python)
+    return status
+
+
+def get_core(folder: Path, wanted: list[str], python: str) -> int:
+    """What nemohybrid needs; returns an exit status."""
+    expected = digest(wanted, python)
+    if is_complete(folder, expected):
+        print(f"{folder} is complete: nothing to download")
     else:
         try:
-            collect(options.folder, wanted, options.python)
+            collect(folder, wanted, python)
         except subprocess.CalledProcessError as error:
             print(f"wheelhouse: pip {error.cmd[4]} failed; what it says stands above", file=sys.stderr)
             return 1
-        contents = {"digest": expected, "wheels": sizes(options.folder)}
-        (options.folder / "contents.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    weights = sizes(options.folder)
+        remember(folder, expected)
+    weights = sizes(folder)
     print(*report(weights), sep="\n")
     if sum(weights.values()) > LIMIT:
         print(f"wheelhouse: over {LIMIT / 2**20:.0f} MiB; the largest stand first", file=sys.stderr)
         return 1
     return 0
+
+
+def get_peers(core: Path, wanted: list[str], python: str) -> None:
+    """What of them there is. Only what is whole is not tried again."""
+    folder, expected = core / "peers", digest([*wanted, *sizes(core)], python)
+    if is_complete(folder, expected):
+        print(f"{folder} is complete: nothing to download")
+    elif missing := collect_peers(folder, core, wanted, python):
+        said = "what pip says stands above; to get mamba-ssm it must be that of a Python with torch and setuptools"
+        print(f"wheelhouse: going on without {' and '.join(missing)}: {said}", file=sys.stderr)
+        (folder / "contents.json").unlink(missing_ok=True)
+    else:
+        remember(folder, expected)
+    weights = sizes(folder)
+    print(f"{sum(weights.values()) / 2**20:8.2f} MiB  {len(weights)} files to compare with, in {folder}")
 
 
 if __name__ == "__main__":

@@ -111,9 +111,10 @@ def test_every_stage_runs_whatever_became_of_the_one_before(suite, tmp_path):
     assert "no_such_program" in verdicts[3]
     assert (tmp_path / "fails.log").read_text() == "said before\n"
     summary = (tmp_path / "summary.txt").read_text().splitlines()
-    assert len(summary) == 5
-    assert summary[1].endswith("ok  tokens_per_second 123,457")
-    assert summary[2] == "    a line of its own"
+    assert len(summary) == 6
+    assert summary[0] == "A rehearsal: none of these figures measures anything."
+    assert summary[2].endswith("ok  tokens_per_second 123,457")
+    assert summary[3] == "    a line of its own"
 
 
 def test_a_benchmark_that_fails_leaves_the_figures_it_had(suite, tmp_path):

@@ -15,6 +15,17 @@ DOWNLOADED = [
     "typing_extensions-4.16.0-py3-none-any.whl",
     "filelock-4.2.11-py3-none-any.whl",
 ]
+OF_PEERS = {
+    "transformers": [
+        "transformers-5.24.0-py3-none-any.whl",
+        "huggingface_hub-2.4.0-py3-none-any.whl",
+        DOWNLOADED[0],
+        *DOWNLOADED[4:],
+    ],
+    "einops": ["einops-0.8.2-py3-none-any.whl"],
+    "mamba-ssm": ["mamba_ssm-2.3.2.post1.tar.gz"],
+}
+"""What pip leaves when asked for them."""
 
 
 @pytest.fixture
@@ -36,12 +47,13 @@ def collect(calls, wheelhouse, monkeypatch, tmp_path, capsys):
     def pip(*arguments: str) -> None:
         calls.append(arguments)
         folder = Path(arguments[arguments.index("--wheel-dir" if arguments[0] == "wheel" else "--dest") + 1])
-        folder.mkdir()
-        for name in DOWNLOADED if arguments[0] == "download" else []:
+        folder.mkdir(exist_ok=True)
+        of_peer = next((names for peer, names in OF_PEERS.items() if arguments[-1].startswith(peer)), DOWNLOADED)
+        for name in of_peer if arguments[0] == "download" else []:
             (folder / name).write_bytes(b"wheel " * 100)
 
-    def run(python: str = "3.12") -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["wheelhouse", str(tmp_path / "wheels"), "--python", python])
+    def run(python: str = "3.12", *options: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["wheelhouse", str(tmp_path / "wheels"), "--python", python, *options])
         status = wheelhouse.main()
         return status, "".join(capsys.readouterr())
 
@@ -112,3 +124,47 @@ def test_a_failure_of_pip_fails_and_is_tried_again(collect, wheelhouse, monkeypa
     assert "pip wheel failed" in output
     monkeypatch.setattr(wheelhouse, "_pip", working)
     assert collect()[0] == 0
+
+
+def test_peers_come_without_what_is_there_already(collect, calls, tmp_path):
+    status, output = collect("3.12", "--peers")
+    assert status == 0, output
+    found = {file.name for file in (tmp_path / "wheels/peers").iterdir()} - {"contents.json"}
+    assert found == {*OF_PEERS["transformers"][:2], *OF_PEERS["einops"], *OF_PEERS["mamba-ssm"]}
+    (source,) = [call for call in calls if call[-1].startswith("mamba-ssm")]
+    assert "--no-binary=mamba-ssm" in source
+    assert "--no-build-isolation" in source
+    assert not [call for call in calls if call[-1].startswith("causal-conv1d")], "it is compiled, and has no wheel"
+
+
+def test_peers_fit_the_versions_that_were_collected_before(collect, wheelhouse, monkeypatch):
+    held, pip = [], wheelhouse._pip
+
+    def reading(*arguments: str) -> None:
+        constraints = [Path(word.partition("=")[2]) for word in arguments if word.startswith("--constraint=")]
+        held.extend(file.read_text() for file in constraints if arguments[-1].startswith("transformers"))
+        pip(*arguments)
+
+    monkeypatch.setattr(wheelhouse, "_pip", reading)
+    collect("3.12", "--peers")
+    assert held == ["numpy==2.5.5\nhydra_core==1.3.8\n"] or held == ["hydra_core==1.3.8\nnumpy==2.5.5\n"]
+
+
+def test_a_peer_that_cannot_be_had_is_said_and_tried_again(collect, calls, wheelhouse, monkeypatch, tmp_path):
+    working = wheelhouse._pip
+
+    def without_torch(*arguments: str) -> None:
+        if arguments[-1].startswith("mamba-ssm"):
+            raise subprocess.CalledProcessError(1, ["pip", *arguments])
+        working(*arguments)
+
+    monkeypatch.setattr(wheelhouse, "_pip", without_torch)
+    status, output = collect("3.12", "--peers")
+    assert status == 0
+    assert "going on without mamba-ssm" in output
+    assert (tmp_path / "wheels/peers/transformers-5.24.0-py3-none-any.whl").exists()
+    monkeypatch.setattr(wheelhouse, "_pip", working)
+    assert "going on without" not in collect("3.12", "--peers")[1]
+    before = len(calls)
+    assert "peers is complete: nothing to download" in collect("3.12", "--peers")[1]
+    assert len(calls) == before
