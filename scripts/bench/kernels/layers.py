@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -109,9 +110,9 @@ class Candidate:
 class OurLayer(Candidate):
     """As in our model: weights in fp32, products in its type."""
 
-    def __init__(self, job: Job, side: Side) -> None:
+    def __init__(self, job: Job, start: HybridModel, side: Side) -> None:
         super().__init__(job)
-        model = HybridModel.create(job.config, context=ParallelContext.single(job.device))
+        model = deepcopy(start)
         self.backends = side(model, job.device, job.dtype)
         self.layer: Any = model.layers.get_submodule("0")
         self.weights = [weight for weight in self.layer.parameters() if weight.requires_grad]
@@ -127,10 +128,10 @@ class OurLayer(Candidate):
 class TheirLayer(Candidate):
     """Of transformers, at its fastest: weights in the type of the products, and mamba-ssm's operator where it finds it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, start: HybridModel) -> None:
         super().__init__(job)
         theirs = hf_model(job.config, job.device, job.dtype)
-        copy_weights(HybridModel.create(job.config, context=ParallelContext.single(job.device)), theirs)
+        copy_weights(start, theirs)
         self.layer = theirs.model.layers[0]
         self.weights = [weight for weight in self.layer.parameters() if weight.requires_grad]
 
@@ -145,8 +146,9 @@ class TheirLayer(Candidate):
 def measure(model: str, job: Job, peer: Peer | None) -> list[Result]:
     """One layer by all sides there are here."""
     bound = sides(peer, job.tokens) if job.symbol == "M" else {"ours": ours}
-    makers: dict[str, Callable[[], Candidate]] = {name: partial(OurLayer, job, side) for name, side in bound.items()}
-    makers["transformers"] = partial(TheirLayer, job)
+    start = HybridModel.create(job.config, context=ParallelContext.single(job.device))
+    makers: dict[str, Callable[[], Candidate]] = {n: partial(OurLayer, job, start, side) for n, side in bound.items()}
+    makers["transformers"] = partial(TheirLayer, job, start)
     results = {side: Result(model, job.symbol, side) for side in makers}
     candidates: dict[str, Candidate] = {}
     expected: Mapping[str, Tensor] = {}
