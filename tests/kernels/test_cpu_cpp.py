@@ -91,6 +91,25 @@ def norm_inputs(rows=70, D=24, dtype=torch.float32, gate=True):
     return inputs if gate else {k: v for k, v in inputs.items() if k != "z"}
 
 
+MIXER = {"heads": 3, "groups": 1, "state": 8, "group_size": 12, "eps": 1e-5, "chunk_size": 16}
+
+
+def mixer_inputs(dtype=torch.float32, documents=False, bare=False):
+    normal = numbers(3)
+    inputs = {
+        "zxbcdt": normal(2, 37, 24 + 40 + 3).to(dtype),
+        "conv_weight": normal(40, 4).float(),
+        "conv_bias": normal(40).float(),
+        "dt_bias": normal(3).float(),
+        "A": -normal(3).exp().float(),
+        "D": normal(3).float(),
+        "norm_weight": normal(24).float(),
+    }
+    if documents:
+        inputs["document_ids"] = ids(2, 37)
+    return inputs | ({"conv_bias": None, "D": None} if bare else {})
+
+
 def only_result(run, **options):
     return lambda **inputs: (run(**inputs, **options),)
 
@@ -200,19 +219,7 @@ def test_parts_of_wider_rows_need_no_copy(assert_same, results_and_gradients):
 @DOCUMENTS
 @pytest.mark.parametrize("limit", [None, (0.05, 0.6)], ids=["no limit", "limit"])
 def test_mixer_equals_its_twin_in_double(dtype, tolerance, documents, limit, assert_same, results_and_gradients):
-    normal = numbers(3)
-    inputs = {
-        "zxbcdt": normal(2, 37, 24 + 40 + 3).to(dtype),
-        "conv_weight": normal(40, 4).float(),
-        "conv_bias": normal(40).float(),
-        "dt_bias": normal(3).float(),
-        "A": -normal(3).exp().float(),
-        "D": normal(3).float(),
-        "norm_weight": normal(24).float(),
-    }
-    if documents:
-        inputs["document_ids"] = ids(2, 37)
-    options = {"heads": 3, "groups": 1, "state": 8, "group_size": 12, "eps": 1e-5, "dt_limit": limit, "chunk_size": 16}
+    inputs, options = mixer_inputs(dtype, documents), MIXER | {"dt_limit": limit}
     got = results_and_gradients(only_result(mamba2_mixer_cpp, **options), inputs)
     want = results_and_gradients(only_result(mamba2_mixer_torch, **options), in_double(inputs))
     assert_same(got, want, tolerance)
@@ -252,6 +259,54 @@ def test_squared_relu_equals_its_twin_in_double(dtype, tolerance, assert_same, r
     inputs = {"h": numbers(0)(3, 5001).to(dtype)}
     want = results_and_gradients(only_result(squared_relu_torch), in_double(inputs))
     assert_same(results_and_gradients(only_result(squared_relu_cpp), inputs), want, tolerance)
+
+
+def qkv(dtype=torch.float32):
+    normal = numbers(2)
+    return {
+        "q": normal(2, 6, 19, 12).to(dtype),
+        "k": normal(2, 2, 19, 12).to(dtype),
+        "v": normal(2, 2, 19, 12).to(dtype),
+    }
+
+
+def in_documents(document_ids, **inputs):
+    return attention_cpp.run(**inputs, documents=Documents(document_ids))
+
+
+def norm_of_parts(wide, weight):
+    """What is normed and its gate are columns of wider rows."""
+    return gated_rms_norm_cpp(wide[..., 3:15], wide.flip(0)[..., 9:21], weight, group_size=6, eps=1e-5)
+
+
+TRACED = {
+    "scan": (ssd_scan_cpp, scan_inputs(documents=True)),
+    "scan without skip and state": (ssd_scan_cpp, scan_inputs(state=False) | {"D": None}),
+    "convolution": (causal_conv1d_cpp, conv_inputs(documents=True)),
+    "convolution without bias and state": (causal_conv1d_cpp, conv_inputs(bias=False, state=False)),
+    "norm": (only_result(partial(rms_norm_cpp, eps=1e-5)), norm_inputs(gate=False)),
+    "norm of a part": (only_result(norm_of_parts), {"wide": numbers(5)(2, 9, 24).float(), "weight": torch.ones(12)}),
+    "mixer": (only_result(mamba2_mixer_cpp, **MIXER, dt_limit=(0.05, 0.6)), mixer_inputs(documents=True)),
+    "mixer without bias and skip": (only_result(mamba2_mixer_cpp, **MIXER), mixer_inputs(bare=True)),
+    "mixer in bf16": (only_result(mamba2_mixer_cpp, **MIXER), mixer_inputs(torch.bfloat16)),
+    "attention": (only_result(in_documents), qkv() | {"document_ids": ids(2, 19)}),
+    "attention in bf16": (only_result(attention_cpp.run), qkv(torch.bfloat16)),
+    "squared relu": (only_result(squared_relu_cpp), {"h": numbers(0)(40, 3).float().T}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", TRACED)
+def test_torch_compile_takes_each_as_a_step_of_one_graph(name, results_and_gradients):
+    """Forward and backward, and with the very results."""
+    run, given = TRACED[name]
+    inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+    run = partial(run, **dict.fromkeys(given.keys() - inputs.keys()))
+    torch.compiler.reset()
+    want = results_and_gradients(run, inputs)
+    got = results_and_gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), inputs)
+    different = [key for key, tensor in want.items() if not torch.equal(got[key], tensor)]
+    assert not different
 
 
 def test_results_depend_neither_on_the_run_nor_on_the_threads(results_and_gradients):

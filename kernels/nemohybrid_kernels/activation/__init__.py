@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -49,4 +48,6 @@ def _triton(h: Tensor) -> Tensor:
 
 
 def _cpp(h: Tensor) -> Tensor:
-    return import_module("nemohybrid_kernels.activation.cpp").squared_relu_cpp(h)
+    from nemohybrid_kernels.activation.cpp import squared_relu_cpp
+
+    return squared_relu_cpp(h)

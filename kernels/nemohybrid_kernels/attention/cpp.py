@@ -15,6 +15,7 @@ from nemohybrid_kernels.attention import sdpa
 from nemohybrid_kernels.attention.case import Case
 from nemohybrid_kernels.attention.packing import Documents
 from nemohybrid_kernels.cpp import call, threads
+from nemohybrid_kernels.opaque import opaque
 
 LONGEST = 512
 """Tokens of a row from which on PyTorch's kernel is taken: scores are L x L."""
@@ -59,24 +60,60 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float) -> Tensor:
         rows, keys, values = (_matrices(t, k.shape[1]) for t in (q, k, v))
-        scores = torch.bmm(rows, keys.mT)
-        rest = None if q.dtype == torch.float32 else torch.baddbmm(scores, rows, keys.mT, beta=-1)
-        ctx.settings = (starts, len(rows) * rows.shape[1], q.shape[2], q.shape[1] * q.shape[2], scale)
-        call("softmax_forward", q, scores, rest, *ctx.settings, threads())
-        ctx.save_for_backward(rows, keys, values, scores)
-        ctx.shape = q.shape
-        return torch.bmm(scores, values).view(q.shape)
+        out, weights = _forward(rows, keys, values, starts, q.shape[1], q.shape[2], scale)
+        ctx.save_for_backward(rows, keys, values, weights, starts)
+        ctx.shape, ctx.scale = q.shape, scale
+        return out.view(q.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, keys, values, weights = ctx.saved_tensors
-        dout = grads[0].reshape(rows.shape)
-        dscores = torch.bmm(dout, values.mT)
-        call("softmax_backward", rows, weights, dscores, *ctx.settings, threads())
-        dq, dk, dv = torch.bmm(dscores, keys), torch.bmm(dscores.mT, rows), torch.bmm(weights.mT, dout)
-        B, _, L, P = ctx.shape
+        (B, H, L, P), dout = ctx.shape, grads[0].reshape(ctx.saved_tensors[0].shape)
+        dq, dk, dv = _backward(dout, *ctx.saved_tensors, H, L, ctx.scale)
         return dq.view(ctx.shape), dk.view(B, -1, L, P), dv.view(B, -1, L, P), None, None
+
+
+def _like(
+    rows: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, H: int, L: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty(*rows.shape[:2], L)
+
+
+@opaque("cpp_attention", like=_like)
+def _forward(
+    rows: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, H: int, L: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """rows [n, R*L, P], keys and values [n, L, P] -> their product [n, R*L, P], and the weights [n, R*L, L]."""
+    scores = torch.bmm(rows, keys.mT)
+    rest = None if rows.dtype == torch.float32 else torch.baddbmm(scores, rows, keys.mT, beta=-1)
+    call("softmax_forward", rows, scores, rest, *_settings(rows, starts, H, L, scale), threads())
+    return torch.bmm(scores, values), scores
+
+
+def _like_gradients(dout: Tensor, rows: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (rows, keys, values))
+
+
+@opaque("cpp_attention_backward", like=_like_gradients)
+def _backward(
+    dout: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    starts: Tensor | None,
+    H: int,
+    L: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d of rows, keys and values."""
+    dscores = torch.bmm(dout, values.mT)
+    call("softmax_backward", rows, weights, dscores, *_settings(rows, starts, H, L, scale), threads())
+    return torch.bmm(dscores, keys), torch.bmm(dscores.mT, rows), torch.bmm(weights.mT, dout)
+
+
+def _settings(rows: Tensor, starts: Tensor | None, H: int, L: int, scale: float) -> tuple[Any, ...]:
+    return starts, len(rows) * rows.shape[1], L, H * L, scale
 
 
 def _matrices(t: Tensor, groups: int) -> Tensor:

@@ -1,6 +1,5 @@
 """The short causal convolution in front of the scan of Mamba-2."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,7 +31,9 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _cpp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return import_module("nemohybrid_kernels.conv1d.cpp").causal_conv1d_cpp(*args, **kwargs)
+    from nemohybrid_kernels.conv1d.cpp import causal_conv1d_cpp
+
+    return causal_conv1d_cpp(*args, **kwargs)
 
 
 def causal_conv1d(

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
 from nemohybrid_kernels.cpp import call, threads
 from nemohybrid_kernels.documents import document_starts
+from nemohybrid_kernels.opaque import opaque
 
 WIDEST = 16
 """`WIDEST` of conv1d.cpp."""
@@ -76,13 +77,16 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, history, starts = ctx.saved_tensors
-        dx = x.new_empty(x.shape)
-        dhistory = None if history is None else torch.empty_like(history)
-        dw, dbias = backward(_rows(grads[0]), x, weight, bias, history, starts, ctx.silu, dx, dhistory)
-        return dx, dw, dbias, dhistory, None, None
+        gradients = _backward(grads[0], *ctx.saved_tensors, ctx.silu)
+        wanted = (None if t is None else d for d, t in zip(gradients, ctx.saved_tensors, strict=False))
+        return *wanted, None, None
 
 
+def _like(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@opaque("cpp_conv1d", like=_like)
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, starts: Tensor | None, silu: bool
 ) -> Tensor:
@@ -91,6 +95,29 @@ def forward(
     w, b, y = _taps_first(weight), _bias(bias, weight), x.new_empty(B, L, C)
     call("conv1d_forward", x, x, *x.stride()[:2], history, starts, w, b, y, B, L, C, K, silu, threads())
     return y
+
+
+def _like_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(weight.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, history))
+
+
+@opaque("cpp_conv1d_backward", like=_like_gradients)
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    starts: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d of x, weight, bias and history; empty for what is None."""
+    dx, dhistory = x.new_empty(x.shape), None if history is None else torch.empty_like(history)
+    dw, dbias = backward(_rows(dy), x, weight, bias, history, starts, silu, dx, dhistory)
+    dbias, dhistory = (weight.new_empty(0) if t is None else t for t in (dbias, dhistory))
+    return dx, dw.contiguous(), dbias, dhistory
 
 
 def backward(

@@ -70,7 +70,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def reluctance(device: torch.device) -> str | None:
-    """Why "auto" should not take the kernels here, or None. Who asks for them gets a graph break."""
+    """Why "auto" should not take the kernels here, or None. Who asks for them gets operators that nothing is fused with."""
     return "torch.compile cannot look into it" if torch.compiler.is_compiling() else None
 
 

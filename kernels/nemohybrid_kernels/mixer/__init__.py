@@ -1,6 +1,5 @@
 """All of a Mamba-2 mixer between its two projections."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,7 +29,9 @@ def backends(dtype: torch.dtype, P: int = 64, N: int = 128) -> dict[str, Backend
 
 
 def _cpp(*args: Any, **kwargs: Any) -> Tensor:
-    return import_module("nemohybrid_kernels.mixer.cpp").mamba2_mixer_cpp(*args, **kwargs)
+    from nemohybrid_kernels.mixer.cpp import mamba2_mixer_cpp
+
+    return mamba2_mixer_cpp(*args, **kwargs)
 
 
 def _triton(*args: Any, **kwargs: Any) -> Tensor:

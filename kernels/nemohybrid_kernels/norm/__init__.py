@@ -1,6 +1,5 @@
 """Root-mean-square norms: the plain one before every layer, and the gated one of Mamba-2."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -74,6 +73,8 @@ def _triton(name: str, dtype: torch.dtype, width: int, widest: int) -> Backend:
 
 def _cpp(name: str, dtype: torch.dtype) -> Backend:
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        return getattr(import_module("nemohybrid_kernels.norm.cpp"), name)(*args, **kwargs)
+        from nemohybrid_kernels.norm import cpp
+
+        return getattr(cpp, name)(*args, **kwargs)
 
     return Backend(run, lambda device: cpp_obstacle(device, dtype), cpp_reluctance)

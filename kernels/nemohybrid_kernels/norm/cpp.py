@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemohybrid_kernels.cpp import call, rows, threads
+from nemohybrid_kernels.opaque import opaque
 
 
 def rms_norm_cpp(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,12 +36,17 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, z, weight, scale = ctx.saved_tensors
-        dz = None if z is None else z.new_empty(z.shape)
-        dx, dw = backward(grads[0], x, z, weight, scale, ctx.group, dz)
-        return dx, dz, dw, None, None
+        dx, dz, dw = _backward(grads[0], *ctx.saved_tensors, ctx.group)
+        return dx, None if ctx.saved_tensors[1] is None else dz, dw, None, None
 
 
+def like(x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Tensors like those of `forward`."""
+    D = x.shape[-1]
+    return x.new_empty(x.shape), weight.new_empty(x.numel() // D, D // max(group, 1), dtype=torch.float32)
+
+
+@opaque("cpp_norm", like=like)
 def forward(x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float) -> tuple[Tensor, Tensor]:
     """The norm, and the scale of each group."""
     x_rows, w = rows(x), weight.float().contiguous()
@@ -48,6 +54,22 @@ def forward(x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float)
     y, scale = x.new_empty(x.shape), w.new_empty(n, D // max(group, 1))
     call("norm_forward", x, *_strided(x_rows), *_strided(z), w, y, scale, n, D, group, eps, threads())
     return y, scale
+
+
+def _like_gradients(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0) if z is None else z.new_empty(z.shape), torch.empty_like(weight)
+
+
+@opaque("cpp_norm_backward", like=_like_gradients)
+def _backward(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, scale: Tensor, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dz, which is empty without a z, and d of the weight."""
+    dz = None if z is None else z.new_empty(z.shape)
+    dx, dw = backward(dy, x, z, weight, scale, group, dz)
+    return dx, x.new_empty(0) if dz is None else dz, dw
 
 
 def backward(

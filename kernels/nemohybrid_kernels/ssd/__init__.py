@@ -1,6 +1,5 @@
 """The state-space scan of Mamba-2."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -46,7 +45,9 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _cpp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return import_module("nemohybrid_kernels.ssd.cpp").ssd_scan_cpp(*args, **kwargs)
+    from nemohybrid_kernels.ssd.cpp import ssd_scan_cpp
+
+    return ssd_scan_cpp(*args, **kwargs)
 
 
 def ssd_scan(

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from nemohybrid_kernels.cpp import Sizes, View, call, threads
 from nemohybrid_kernels.documents import document_starts
+from nemohybrid_kernels.opaque import opaque
 from nemohybrid_kernels.ssd.reference import default_chunk_size
 
 
@@ -50,10 +51,11 @@ class _Scan(torch.autograd.Function):
         Q: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = [None if t is None else t.dtype for t in (dt, A, D, initial)]
+        x, B, C = _rows(x), _rows(B), _rows(C)
         dt, A = (t.float().contiguous() for t in (dt, A))
         D, initial = (None if t is None else t.float().contiguous() for t in (D, initial))
-        y, final, kept = forward(_rows(x), dt, A, _rows(B), _rows(C), D, starts, initial, Q)
-        ctx.save_for_backward(*kept)
+        y, final, *made = _forward(x, dt, A, B, C, D, starts, initial, Q)
+        ctx.save_for_backward(x, dt, A, B, D, *made)
         ctx.Q = Q
         ctx.set_materialize_grads(False)
         return y, final
@@ -61,16 +63,74 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, B = ctx.saved_tensors[0], ctx.saved_tensors[3]
-        dx, dB, dC = x.new_empty(x.shape), B.new_empty(B.shape), B.new_empty(B.shape)
-        dy = torch.zeros_like(dx) if grads[0] is None else _rows(grads[0])
+        x, dt, A, B, D, *made = ctx.saved_tensors
+        dy = torch.zeros(x.shape, dtype=x.dtype) if grads[0] is None else grads[0]
         state = ctx.dtypes[3] is not None
-        *small, dinitial = backward(dy, grads[1], ctx.saved_tensors, ctx.Q, dx, dB, dC, state)
+        dx, dB, dC, *small = _backward(dy, grads[1], x, dt, A, B, D, made, ctx.Q, state)
         ddt, dA, dD, dinitial = (
-            None if t is None or dtype is None else t.to(dtype)
-            for t, dtype in zip((*small, dinitial), ctx.dtypes, strict=True)
+            None if dtype is None else t.to(dtype) for t, dtype in zip(small, ctx.dtypes, strict=True)
         )
         return dx, ddt, dA, dB, dC, dD, None, dinitial, None
+
+
+def like(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, starts: Any, initial: Any, Q: int
+) -> list[Tensor]:
+    """Tensors like those of `_forward`."""
+    batch, L, H, P = x.shape
+    G, N = B.shape[2:]
+    i = batch * -(-L // Q)
+    single = [(batch, H, P, N), (i, H, Q), (i, H, Q), (i, H, Q)]
+    others = [(i * H, Q, P), (i * G, Q, H // G * P), (i * G, Q, N), (i * G, Q, N), (i * G, Q, Q), (i * H, Q, Q)]
+    others += [(i * G, N, H // G * P), (i * G, Q, H // G * P)]
+    final, *decays = (x.new_empty(shape, dtype=torch.float32) for shape in single)
+    lo = x.new_empty(i, Q, dtype=torch.int32)
+    return [x.new_empty(x.shape), final, lo, *decays, *(x.new_empty(shape) for shape in others)]
+
+
+@opaque("cpp_scan", like=like)
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    starts: Tensor | None,
+    initial: Tensor | None,
+    Q: int,
+) -> list[Tensor]:
+    """What `forward` returns, without its arguments."""
+    y, final, (_, _, _, _, _, *made) = forward(x, dt, A, B, C, D, starts, initial, Q)
+    return [y, final, *made]
+
+
+def _like_gradients(
+    dy: Tensor, dfinal: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, D: Any, made: Any, Q: int, state: bool
+) -> tuple[Tensor, ...]:
+    initial = (x.shape[0], *x.shape[2:], B.shape[-1]) if state else (0,)
+    small = [torch.empty_like(dt), torch.empty_like(A), torch.empty_like(A), dt.new_empty(initial)]
+    return x.new_empty(x.shape), B.new_empty(B.shape), B.new_empty(B.shape), *small
+
+
+@opaque("cpp_scan_backward", like=_like_gradients)
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    D: Tensor | None,
+    made: list[Tensor],
+    Q: int,
+    state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d of x, B, C, dt, A, D and the initial state, of which the last is empty without one."""
+    dx, dB, dC = x.new_empty(x.shape), B.new_empty(B.shape), B.new_empty(B.shape)
+    *small, dinitial = backward(_rows(dy), dfinal, (x, dt, A, B, D, *made), Q, dx, dB, dC, state)
+    ddt, dA, dD = small
+    return dx, dB, dC, ddt, dA, dD, dt.new_empty(0) if dinitial is None else dinitial
 
 
 def forward(
@@ -83,7 +143,7 @@ def forward(
     starts: Tensor | None,
     initial: Tensor | None,
     Q: int,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """y, the last state, and what `backward` wants: the inputs, the decays, and the operands of each chunk's products,
     about six times the size of x. The numbers of a token are neighbours in x, B and C; dt, A, D, initial: fp32, contiguous.
     """
@@ -109,7 +169,7 @@ def forward(
 def backward(
     dy: Tensor,
     dfinal: Tensor | None,
-    kept: tuple[Tensor, ...],
+    kept: tuple[Any, ...],
     Q: int,
     dx: Tensor,
     dB: Tensor,
