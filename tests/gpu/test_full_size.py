@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -27,7 +28,7 @@ from operator_calls import (
 )
 
 from nemohybrid_kernels.calls import FP32, Experts, Mixer
-from nemohybrid_kernels.canary import Case, check
+from nemohybrid_kernels.canary import Case, KernelMismatch, check
 
 TINY = Mixer(tokens=37, heads=2, width=16, state=16, groups=1, dtype=FP32, packed=True)
 TINY_ROWS, TINY_EXPERTS = Rows(9, 64, FP32), Experts(tokens=13, hidden=16, width=16, per_token=2, dtype=FP32)
@@ -109,3 +110,20 @@ def test_the_end_of_a_row_beyond_32_bits(device, name):
     tokens = row.tokens if device == "cuda" else 2 * sizes.tokens
     case = at_the_end(row.end.make(sizes), tokens, row.last or sizes.tokens, row.names, row.axis)
     check(case, torch.device(device))
+
+
+@pytest.mark.parametrize("fault", ["sees what comes before", "is one token off"])
+def test_a_fault_at_the_end_of_a_long_row_is_found(fault):
+    """With twins in the place of kernels."""
+    case = conv_call(TINY)
+    kernel = case.twin
+
+    def wrong(**given: Tensor) -> Any:
+        if fault == "sees what comes before":
+            return kernel(**given | {"document_ids": torch.zeros_like(given["document_ids"])})
+        return kernel(**given | {"x": given["x"].roll(1, 1)})
+
+    names = LONG["convolution"].names
+    check(at_the_end(replace(case, run=kernel), 80, TINY.tokens, names, 1), torch.device("cpu"))
+    with pytest.raises(KernelMismatch, match="gradient of x"):
+        check(at_the_end(replace(case, run=wrong), 80, TINY.tokens, names, 1), torch.device("cpu"))

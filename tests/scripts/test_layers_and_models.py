@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemohybrid.config.accounting import TRAINING_PASSES, layer_cost
+from nemohybrid.config.accounting import TRAINING_PASSES, layer_cost, total_cost
 from nemohybrid.config.compose import load_config
 from nemohybrid.config.run_config import RunConfig
+from nemohybrid.interop.hf.config_out import config_json
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid_kernels.mixer import mamba2_mixer
@@ -139,3 +140,26 @@ def test_late_sides_are_left_out_and_said(bench, no_transformers, monkeypatch, c
     monkeypatch.setattr(models, "find_peer", lambda: (None, "no mamba-ssm"))
     assert models.main(["--rehearse", "--seconds", "0"]) == 0
     assert "left out for want of time: tiny with ours; tiny with mamba-ssm" in capsys.readouterr().out
+
+
+def test_every_layer_that_is_timed_on_a_gpu_can_be_built_by_both(bench):
+    layers = bench("layers")
+    for name, symbol in layers.LAYERS:
+        config = layers.only(name, symbol, "bfloat16")
+        with torch.device("meta"):
+            ours = HybridModel(config)
+        assert config_json(config, torch.bfloat16)["num_hidden_layers"] == 1, (name, symbol)
+        assert sum(p.numel() for p in ours.layers.parameters()) == layer_cost(symbol, config, 8192).parameters
+
+
+def test_the_page_says_what_the_models_are(bench, tmp_path):
+    models = bench("models")
+    page = (BENCH.parents[2] / "docs/benchmarks/kernels_models.md").read_text()
+    for name, overrides in models.MODELS.items():
+        config = load_config([*models.JOB, *overrides, f"run.dir={tmp_path}/{name}"])
+        rows, length = config.train.global_batch, config.data.sequence_length
+        cost = total_cost(config.model, length)
+        step = TRAINING_PASSES * cost.flops * rows * length
+        row = f"| {cost.parameters / 1e9:.2f} billion | {rows} x {length} | {step / 1e12:.0f} |"
+        assert row in page, f"{name}: {row}"
+    assert f"The bar for ours is {models.BAR:.0%} MFU, the aim {models.AIM:.0%}.".replace("%", " %") in page
