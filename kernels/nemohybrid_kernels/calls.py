@@ -53,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Mixer:
-    """Sizes of a Mamba-2 layer, or of a shard of one; `packed`: with several documents."""
+    """Sizes of a Mamba-2 layer, or of a shard of one; `packed`: with several documents; `recompute`: as of `mamba2_mixer`."""
 
     tokens: int = 8192
     heads: int = 128
@@ -63,6 +63,7 @@ class Mixer:
     taps: int = 4
     dtype: torch.dtype = BF16
     packed: bool = False
+    recompute: bool = False
 
     @property
     def inner(self) -> int:
@@ -90,9 +91,10 @@ def run_mixer(sizes: Mixer, make: Maker) -> Results:
         starts=sizes.starts(make),
     )
     of_mixer = mixer.Sizes(heads, sizes.groups, sizes.state, inner // sizes.groups, 1e-5, None, None)
-    out, y, rstd = mixer.forward(zxbcdt, weights, of_mixer)
+    out, kept = mixer.forward(zxbcdt, weights, of_mixer)
+    kept = kept.least if sizes.recompute else kept
     dout = make(tuple(out.shape), out.dtype, "normal")
-    d_zxbcdt, named = mixer.backward(dout, zxbcdt, y, rstd, weights, of_mixer)
+    d_zxbcdt, named = mixer.backward(dout, zxbcdt, kept, weights, of_mixer)
     return _present([out, d_zxbcdt, *named.values()])
 
 
@@ -114,7 +116,7 @@ def run_scan(sizes: Mixer, make: Maker) -> Results:
     B, C = (make((*row, sizes.groups, sizes.state), sizes.dtype, "normal") for _ in "BC")
     initial = make((1, sizes.heads, sizes.width, sizes.state), FP32, "normal")
     call = ssd.Call(x, dt, A, B, C, make((sizes.heads,), FP32, "normal"), None, sizes.starts(make), initial)
-    y, final = ssd.forward(call)
+    y, final, _ = ssd.forward(call)
     got = ssd.backward(call, make(tuple(y.shape), sizes.dtype, "normal"), make(tuple(final.shape), FP32, "normal"))
     return _present([y, final, *got])
 
@@ -178,6 +180,7 @@ CASES = [
         "mixer",
         run_mixer,
         whole=Mixer(),
+        recomputed=Mixer(recompute=True),
         packed=Mixer(packed=True),
         one_of_8_ranks=Mixer(heads=16, groups=1),
         state_64=Mixer(state=64),

@@ -30,10 +30,11 @@ def mixer_inputs(L=37, dtype=torch.float32, seed=0):
     return inputs | {"zxbcdt": inputs["zxbcdt"].to(dtype)}
 
 
-def fused(document_ids=None, dt_limit=None, **inputs):
+def fused(document_ids=None, **inputs):
+    how = {name: inputs.pop(name) for name in ("dt_limit", "recompute") if name in inputs}
     placed = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     ids = None if document_ids is None else document_ids.to(DEVICE)
-    return (mamba2_mixer(**placed, **SIZES, document_ids=ids, dt_limit=dt_limit, backend="triton").cpu(),)
+    return (mamba2_mixer(**placed, **SIZES, **how, document_ids=ids, backend="triton").cpu(),)
 
 
 def in_parts(**inputs):
@@ -75,14 +76,31 @@ def test_clamped_steps_and_missing_biases(assert_same, results_and_gradients):
     assert_same(results_and_gradients(run("triton"), inputs), results_and_gradients(run("torch"), inputs), 1e-5)
 
 
-def test_it_keeps_its_input_and_y_and_little_else():
-    """Whole activations that are saved: zxbcdt, which in_proj's consumer has anyway, and y."""
-    inputs = {name: t.requires_grad_() for name, t in mixer_inputs().items()}
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        mamba2_mixer(**{n: t.to(DEVICE) for n, t in inputs.items()}, **SIZES, backend="triton")
-    large = sorted(t.numel() for t in saved if t.dim() == 3)
-    assert large == [37 * INNER, inputs["zxbcdt"].numel()]
+def test_what_it_keeps_is_what_it_says():
+    """Whole activations that are saved: zxbcdt, which in_proj's consumer has anyway, and y; and unless they are made again
+    what is convolved, and the states before 3 chunks."""
+
+    def kept(recompute):
+        inputs = {name: t.to(DEVICE).requires_grad_() for name, t in mixer_inputs().items()}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            mamba2_mixer(**inputs, **SIZES, recompute=recompute, backend="triton")
+        return sorted(t.numel() for t in saved if t.dim() >= 3)
+
+    least = [37 * INNER, mixer_inputs()["zxbcdt"].numel()]
+    assert kept(recompute=True) == least
+    assert kept(recompute=False) == sorted([*least, 37 * (INNER + 2 * GROUPS * STATE), 3 * INNER * STATE])
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+def test_recomputing_changes_no_bit(documents, results_and_gradients):
+    inputs = mixer_inputs() | ({"document_ids": (torch.arange(37)[None] > 20).int()} if documents else {})
+    kept, again = (
+        results_and_gradients(lambda how=how, **given: fused(recompute=how, **given), inputs) for how in (False, True)
+    )
+    assert kept.keys() == again.keys()
+    for name, tensor in kept.items():
+        assert torch.equal(again[name], tensor), name
 
 
 def test_it_compiles_without_a_graph_break(results_and_gradients):
@@ -100,7 +118,8 @@ def test_the_operators_hold_to_the_rules_of_torch():
     inputs = {name: t.to(DEVICE).requires_grad_() for name, t in mixer_inputs(L=17).items()}
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (*inputs.values(), None, HEADS, GROUPS, STATE, 8, 1e-5, None, None, 16)
-    torch.library.opcheck(_mixer, arguments, test_utils=tests)
+    for recompute in (False, True):
+        torch.library.opcheck(_mixer, (*arguments, recompute), test_utils=tests)
     x, dt = (torch.rand(shape, device=DEVICE, requires_grad=True) for shape in ((1, 17, 2, 4), (1, 17, 2)))
     B = torch.rand(1, 17, 1, 8, device=DEVICE, requires_grad=True)
     torch.library.opcheck(_scan, (x, dt, -torch.ones(2, device=DEVICE), B, B, None, None, None, 16), test_utils=tests)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemohybrid_kernels import launching
-from nemohybrid_kernels.backend import Backend, choose
+from nemohybrid_kernels.backend import Backend, decide
 from nemohybrid_kernels.checks import check_divides, check_shape
 from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
 from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
@@ -57,6 +57,7 @@ def mamba2_mixer(
     document_ids: Tensor | None = None,
     dt_limit: tuple[float, float] | None = None,
     chunk_size: int | None = None,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """What stands between the projections of a Mamba-2 layer (Dao & Gu 2024, section 7), for whole rows.
@@ -68,9 +69,10 @@ def mamba2_mixer(
     [I + 2 G N]; dt_bias, A (negative), D [H]; norm_weight [I]; group_size and eps as in `gated_rms_norm`; document_ids
     [b, L] as in `ssd_scan`. Returns [b, L, I] in zxbcdt's type.
 
-    backend: "triton" keeps zxbcdt and y, makes everything else again in the backward pass, and writes the gradient of
-    zxbcdt once, in place of five gradients to put together; "torch" is its twin, operator by operator; "auto" takes the
-    first that can run. Differentiable in every floating input. Deterministic. Raises BackendError, ShapeError.
+    backend: "triton" keeps zxbcdt, y, what is convolved and the states between chunks, and writes the gradient of zxbcdt
+    once, in place of five gradients to put together. With `recompute` it keeps the first two and makes the others again in
+    the backward pass, with the same gradients. "torch" is its twin, operator by operator; "auto" takes the first that can
+    run. Differentiable in every floating input. Deterministic. Raises BackendError, ShapeError.
     """
     width, shared = zxbcdt.shape[-1] - heads, 2 * groups * state
     inner = (width - shared) // 2
@@ -85,8 +87,9 @@ def mamba2_mixer(
         check_shape(name, tensor, H=heads)
     check_shape("norm_weight", norm_weight, I=inner)
     check_shape("document_ids", document_ids, B=zxbcdt.shape[0], L=zxbcdt.shape[1])
-    run = choose("mamba2_mixer", backend, backends(zxbcdt.dtype, inner // heads, state), zxbcdt.device)
-    return run(
+    chosen = decide("mamba2_mixer", backend, backends(zxbcdt.dtype, inner // heads, state), zxbcdt.device)
+    keeping = {"recompute": recompute} if chosen.backend == "triton" else {}
+    return chosen.run(
         zxbcdt,
         conv_weight,
         conv_bias,
@@ -102,4 +105,5 @@ def mamba2_mixer(
         document_ids=document_ids,
         dt_limit=dt_limit,
         chunk_size=chunk_size,
+        **keeping,
     )

@@ -1,7 +1,7 @@
 """The middle of a Mamba-2 mixer as one custom operator over the kernels of convolution, scan and gated norm."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,27 +53,44 @@ class Weights:
     starts: Tensor | None
 
 
-def forward(zxbcdt: Tensor, weights: Weights, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """The normed y [b, L, I]; y itself; and the norm's rstd."""
+class Kept(NamedTuple):
+    """What the forward pass makes and the backward pass needs: y [b, L, I] before the norm, the norm's rstd; x, B and C
+    convolved [b, L, I + 2 G N]; and the states before each chunk, [b, chunks, H, N, P]. The last two can be made again."""
+
+    y: Tensor
+    rstd: Tensor
+    convolved: Tensor | None
+    states: Tensor | None
+
+    @property
+    def least(self) -> "Kept":
+        return self._replace(convolved=None, states=None)
+
+
+def forward(zxbcdt: Tensor, weights: Weights, sizes: Sizes) -> tuple[Tensor, Kept]:
+    """The normed y [b, L, I], and what there is to keep."""
     z, xbc, dt = sizes.split(zxbcdt)
     convolved = conv1d.forward(xbc, weights.conv, weights.conv_bias, weights.starts, None, True)
-    y = scan_forward(_call(convolved, dt, weights, sizes))[0].flatten(2)
+    scanned = scan_forward(_call(convolved, dt, weights, sizes))
+    y = scanned.y.flatten(2)
     out, rstd = norm.gated_forward(y, z, weights.norm, sizes.group_size, sizes.eps)
-    return out, y, rstd
+    return out, Kept(y, rstd, convolved, scanned.states)
 
 
 def backward(
-    dout: Tensor, zxbcdt: Tensor, y: Tensor, rstd: Tensor, weights: Weights, sizes: Sizes
+    dout: Tensor, zxbcdt: Tensor, kept: Kept, weights: Weights, sizes: Sizes
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """The gradient of zxbcdt, and those of the weights by name."""
     d_zxbcdt = torch.empty_like(zxbcdt, memory_format=torch.contiguous_format)
     (z, xbc, dt), (dz, d_xbc, d_dt) = sizes.split(zxbcdt), sizes.split(d_zxbcdt)
-    dy, _, d_norm = norm.gated_backward(dout, y, z, weights.norm, rstd, sizes.group_size, dz)
-    convolved = conv1d.forward(xbc, weights.conv, weights.conv_bias, weights.starts, None, True)
+    dy, _, d_norm = norm.gated_backward(dout, kept.y, z, weights.norm, kept.rstd, sizes.group_size, dz)
+    convolved = kept.convolved
+    if convolved is None:
+        convolved = conv1d.forward(xbc, weights.conv, weights.conv_bias, weights.starts, None, True)
     d_convolved = torch.empty_like(convolved)
     dx, dB, dC = sizes.split_convolved(d_convolved)
-    call = _call(convolved, dt, weights, sizes)
-    got = scan_backward(call, dy.unflatten(-1, (sizes.heads, -1)), None, Into(dx, d_dt, dB, dC))
+    call, dy = _call(convolved, dt, weights, sizes), dy.unflatten(-1, (sizes.heads, -1))
+    got = scan_backward(call, dy, None, Into(dx, d_dt, dB, dC), kept.states)
     conv = conv1d.backward(d_convolved, xbc, weights.conv, weights.conv_bias, weights.starts, None, True, d_xbc)
     named = {"conv": conv.weight, "conv_bias": conv.bias, "dt_bias": got.bias, "A": got.A, "D": got.D, "norm": d_norm}
     return d_zxbcdt, named
@@ -102,6 +119,7 @@ def mamba2_mixer_triton(
     document_ids: Tensor | None = None,
     dt_limit: tuple[float, float] | None = None,
     chunk_size: int | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Arguments and result as in `nemohybrid_kernels.mixer.mamba2_mixer`; twin: `reference.mamba2_mixer_torch`."""
     starts = None if document_ids is None else document_starts(document_ids)
@@ -109,7 +127,7 @@ def mamba2_mixer_triton(
     low, high = dt_limit or (None, None)
     weights = conv_weight, conv_bias, dt_bias, A.float(), D, norm_weight
     sizes = heads, groups, state, group_size, eps, low, high, chunk_size
-    return _mixer(zxbcdt, *weights, starts, *sizes)[0]
+    return _mixer(zxbcdt, *weights, starts, *sizes, recompute)[0]
 
 
 def _sizes(
@@ -144,18 +162,30 @@ def _mixer(
     low: float | None,
     high: float | None,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The normed y, and what is kept; with `recompute` empty tensors for what is not."""
     weights = Weights(conv_weight, conv_bias, dt_bias, A, D, norm_weight, starts)
-    return forward(zxbcdt, weights, _sizes(heads, groups, state, group_size, eps, low, high, chunk_size))
+    out, kept = forward(zxbcdt, weights, _sizes(heads, groups, state, group_size, eps, low, high, chunk_size))
+    convolved, states = kept.convolved, kept.states
+    if recompute or convolved is None or states is None:
+        convolved, states = zxbcdt.new_empty(0), zxbcdt.new_empty(0)
+    return out, kept.y, kept.rstd, convolved, states
 
 
 @_mixer.register_fake
-def _(zxbcdt: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    norm_weight, group_size = rest[5], rest[10]
+def _(zxbcdt: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sizes, recompute, norm_weight = _sizes(*rest[7:-1]), rest[-1], rest[5]
     out = zxbcdt.new_empty(*zxbcdt.shape[:2], len(norm_weight))
     tokens = zxbcdt.shape[0] * zxbcdt.shape[1]
-    rstd = zxbcdt.new_empty(tokens, len(norm_weight) // group_size, dtype=torch.float32)
-    return out, torch.empty_like(out), rstd
+    rstd = zxbcdt.new_empty(tokens, len(norm_weight) // sizes.group_size, dtype=torch.float32)
+    if recompute:
+        return out, torch.empty_like(out), rstd, zxbcdt.new_empty(0), zxbcdt.new_empty(0)
+    _, xbc, dt = sizes.split(zxbcdt)
+    convolved = torch.empty_like(xbc, memory_format=torch.contiguous_format)
+    call = _call(convolved, dt, Weights(*rest[:7]), sizes)
+    states = zxbcdt.new_empty(call.batch, call.chunks, call.H, call.N, call.P)
+    return out, torch.empty_like(out), rstd, convolved, states
 
 
 @torch.library.custom_op("nemohybrid::mamba2_mixer_backward", mutates_args=())
@@ -163,6 +193,8 @@ def _mixer_backward(
     dout: Tensor,
     y: Tensor,
     rstd: Tensor,
+    convolved: Tensor,
+    states: Tensor,
     zxbcdt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -183,7 +215,8 @@ def _mixer_backward(
     """Of zxbcdt and the six weights, in their types; an empty tensor for one that is None."""
     weights = Weights(conv_weight, conv_bias, dt_bias, A, D, norm_weight, starts)
     sizes = _sizes(heads, groups, state, group_size, eps, low, high, chunk_size)
-    d_zxbcdt, named = backward(dout, zxbcdt, y, rstd, weights, sizes)
+    kept = Kept(y, rstd, convolved, states)
+    d_zxbcdt, named = backward(dout, zxbcdt, kept if len(states) else kept.least, weights, sizes)
     given = {"conv": conv_weight, "conv_bias": conv_bias, "dt_bias": dt_bias, "A": A, "D": D, "norm": norm_weight}
     return [d_zxbcdt, *(_of(named[name], weight, A) for name, weight in given.items())]
 
@@ -196,23 +229,25 @@ def _of(gradient: Tensor | None, weight: Tensor | None, like: Tensor) -> Tensor:
 
 
 @_mixer_backward.register_fake
-def _(dout: Tensor, y: Tensor, rstd: Tensor, zxbcdt: Tensor, *rest: Any) -> list[Tensor]:
+def _(
+    dout: Tensor, y: Tensor, rstd: Tensor, convolved: Tensor, states: Tensor, zxbcdt: Tensor, *rest: Any
+) -> list[Tensor]:
     weights, A = rest[:6], rest[3]
     new = [A.new_empty(0) if w is None else torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
     return [torch.empty_like(zxbcdt, memory_format=torch.contiguous_format), *new]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:8])
-    ctx.sizes = inputs[8:]
-    ctx.set_materialize_grads(False)  # nobody asks y or rstd for a gradient
+    ctx.sizes = inputs[8:-1]
+    ctx.set_materialize_grads(False)  # nobody asks the others for a gradient
 
 
 def _gradients(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     got = _mixer_backward(dout, *tensors, *ctx.sizes)
-    wanted = [None if weight is None else gradient for gradient, weight in zip(got, tensors[2:9], strict=True)]
-    return *wanted, None, *(None for _ in ctx.sizes)
+    wanted = [None if weight is None else gradient for gradient, weight in zip(got, tensors[4:11], strict=True)]
+    return *wanted, None, *(None for _ in ctx.sizes), None
 
 
 _mixer.register_autograd(_gradients, setup_context=_keep)

@@ -18,6 +18,9 @@ class KernelsSection(Section):
     mixer_backend: str = _backend(
         "mixer", "all between the projections of Mamba-2; triton: one operator; separate: one after another"
     )
+    mixer_recompute: bool = option(
+        False, "that one operator makes convolution and states again in its backward pass: less memory, more time"
+    )
     ssd_backend: str = _backend("ssd", "the scan of Mamba-2")
     conv1d_backend: str = _backend("conv1d", "the convolution of Mamba-2")
     attention_backend: str = _backend("attention", "attention; sdpa: what PyTorch has, cuDNN first")

@@ -108,7 +108,8 @@ def _decided(slot: Slot, wanted: str, device: torch.device) -> Choice:
 
 def _bind_mixer(layer: Mamba2, section: KernelsSection, calls: Calls) -> Choice:
     """The layer itself says whether all its parts may be one operator."""
-    layer.mixer_backend = wanted = section.mixer_backend
+    layer.mixer_backend, layer.mixer_recompute = section.mixer_backend, section.mixer_recompute
+    wanted = section.mixer_backend
     backends = mixer.backends(calls.dtype, *_scan_sizes(layer))
     if wanted == "separate":
         return Choice("mamba2_mixer", wanted, layer.forward, "asked for")

@@ -107,6 +107,7 @@ class Mamba2(Mixer):
         self.mixer_backend = (
             "auto"  # "triton": all between the projections in one operator; "separate": one after another
         )
+        self.mixer_recompute = False  # of that one operator
         self.state = config.ssm_state_size
         self.dt_limit = None if config.dt_limit is None else (config.dt_limit[0], config.dt_limit[1])
         convolved = {"x": inner, "B": shared, "C": shared}
@@ -187,6 +188,7 @@ class Mamba2(Mixer):
             document_ids=ids,
             dt_limit=self.dt_limit,
             chunk_size=self.chunk_size,
+            recompute=self.mixer_recompute,
             backend=self.mixer_backend,
         )
 

@@ -33,6 +33,7 @@ def bind_as_on(model: HybridModel, section: KernelsSection, device: str) -> None
             width = module.inner // module.heads
             fused = mixer.backends(model.dtype, width, module.state)["triton"]
             module.mixer_backend = _on_gpu(section.mixer_backend, fused)
+            module.mixer_recompute = section.mixer_recompute
 
 
 def _on_gpu(wanted: str, triton: Backend) -> str:

@@ -225,6 +225,11 @@ def _passing_experts(model: HybridModel, m: ModelConfig, tokens: int) -> int:
     return rows + m.num_experts // share * width * inner * (2 * itemsize + FP32)
 
 
+def _may_recompute(config: RunConfig) -> bool:
+    kernels = config.kernels
+    return "M" in config.model.pattern and kernels.mixer_backend in ("auto", "triton") and not kernels.mixer_recompute
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes this rank may still take: what its GPU has free, or its share of the host's, within the container's limit."""
     if device.type == "cuda":
@@ -261,12 +266,13 @@ def check_fits(config: RunConfig, context: ParallelContext) -> list[str]:
     )
     if sum(expected.fixed.values()) > room:
         raise TrainingError(f"the model does not fit: {found}\n{SMALLER}")
-    return [f"this may run out of memory: {found}\n{advice(config)}"]
+    return [f"this may run out of memory: {found}\n{advice(config, context.device.type)}"]
 
 
-def advice(config: RunConfig) -> str:
-    """What to change when activations do not fit, most harmless first."""
-    steps = [] if config.train.microbatch == 1 else ["train.microbatch=1"]
+def advice(config: RunConfig, device: str = "cpu") -> str:
+    """What to change when activations do not fit on a `device` of this type, most harmless first."""
+    steps = ["kernels.mixer_recompute=true"] if device == "cuda" and _may_recompute(config) else []
+    steps += [] if config.train.microbatch == 1 else ["train.microbatch=1"]
     steps += [] if config.train.recompute == "layer" else ["train.recompute=layer"]
     steps += [f"data.sequence_length={config.data.sequence_length // 2}", "a smaller model"]
     balanced_by = config.model.router.aux_loss if "E" in config.model.pattern else ""

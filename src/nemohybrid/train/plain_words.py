@@ -47,7 +47,7 @@ def _out_of_memory(config: RunConfig, context: ParallelContext, error: Exception
     return (
         f"out of memory on rank {context.rank} ({context.device})"
         f"{f': {wanted[1]} more were wanted' if wanted else ''}. Expected of a rank:\n"
-        f"{estimate_of(config, context).table()}\n{advice(config)}\n"
+        f"{estimate_of(config, context).table()}\n{advice(config, context.device.type)}\n"
         "What was saved is untouched; with smaller microbatches or recomputation the same run goes on from there."
     )
 

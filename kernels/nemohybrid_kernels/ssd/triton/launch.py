@@ -112,20 +112,30 @@ class Into:
     C: Tensor | None = None
 
 
-def forward(call: Call, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y, [b, L, H, P] like x, and the state after the last token, [b, H, P, N] fp32."""
+class Outputs(NamedTuple):
+    """y [b, L, H, P] like x; the state after the last token, [b, H, P, N] fp32; those before each chunk, as `states_of`."""
+
+    y: Tensor
+    final: Tensor
+    states: Tensor
+
+
+def forward(call: Call, y: Tensor | None = None) -> Outputs:
+    """Into `y`, where it is given."""
     y = like(call.x) if y is None else y
     decays = decays_of(call)
     states, final = states_of(call, decays)
     _scan(call, decays, call.x, call.B, call.C, states, decays.enter, y)
-    return y, final
+    return Outputs(y, final, states)
 
 
-def backward(call: Call, dy: Tensor, d_final: Tensor | None, into: Into | None = None) -> Gradients:
-    """Gradients of everything, from those of y and of the last state. Decays and states are made again."""
+def backward(
+    call: Call, dy: Tensor, d_final: Tensor | None, into: Into | None = None, states: Tensor | None = None
+) -> Gradients:
+    """Gradients of everything, from those of y and of the last state. Decays are made again, and `states` unless given."""
     into = into or Into()
     decays = decays_of(call)
-    states, _ = states_of(call, decays)
+    states = states_of(call, decays)[0] if states is None else states
     reverse = _reverse_states(call, decays, dy, d_final, states)
     dx, left = like(call.x) if into.x is None else into.x, call.vectors()
     _scan(call, decays, dy, call.C, call.B, reverse.states, decays.leave, dx, (call.x, left))

@@ -49,8 +49,8 @@ def _scan(
     initial: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    y, final = forward(Call(x, dt, A, B, C, D, None, starts, initial, chunk_size=chunk_size))
-    return y, final.contiguous()
+    found = forward(Call(x, dt, A, B, C, D, None, starts, initial, chunk_size=chunk_size))
+    return found.y, found.final.contiguous()
 
 
 @_scan.register_fake
