@@ -111,7 +111,7 @@ LOSSES = {
 @pytest.mark.parametrize("backend", ["torch", "grouped"])
 def test_an_experts_layer_is_one_graph_in_training(backend, losses, tiny_model):
     """In fp32, at widths that grouped_mm takes on CPUs."""
-    layer = tiny_model("E", router=LOSSES[losses], moe_ffn_hidden_size=16)
+    layer = tiny_model("E", router=LOSSES[losses], moe_ffn_hidden_size=16, num_experts=3)
     assert_one_graph(bound(layer, TORCH | {"moe_backend": backend}), documents=True, share=0.5)
 
 
@@ -129,8 +129,8 @@ def router_losses(layer: nn.Module) -> RouterLosses:
 @pytest.mark.parametrize("losses", LOSSES)
 def test_a_compiled_router_counts_every_trained_token_once_and_for_itself(losses, tiny_model):
     """It is a copy: the other, from whom it was copied, must not count what it sees."""
-    model = tiny_model("E", router=LOSSES[losses])
-    layer = bound(model, TORCH | {"moe_backend": "torch"})
+    model = tiny_model("E", router=LOSSES[losses], num_experts=3)
+    layer = bound(model, TORCH | {"moe_backend": "grouped"})
     twin = copy.deepcopy(model).layers.get_submodule("0")
     for _ in "ab":
         results(layer, layer, context(True, share=0.5))
@@ -150,7 +150,7 @@ def test_a_compiled_router_counts_every_trained_token_once_and_for_itself(losses
 
 
 def test_a_model_whose_layers_are_computed_again_is_one_graph_in_training(tiny_model, token_rows):
-    model = tiny_model("ME*-", router=LOSSES["losses"], **SMALL)
+    model = tiny_model("ME*-", router=LOSSES["losses"], num_experts=3, **SMALL)
     bind_kernels(model.to(DEVICE), KernelsSection(**TORCH), DEVICE, torch.float32, packed=True)
     model.recompute, rows = True, token_rows(ROWS, LENGTH).to(DEVICE)
     torch.compiler.reset()

@@ -41,6 +41,12 @@ def squared_relu_torch(h: Tensor) -> Tensor:
     return F.relu(h).square()
 
 
+def swiglu(h: Tensor) -> Tensor:
+    """silu(first half) * second half of the last axis (Shazeer 2020)."""
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def _triton(h: Tensor) -> Tensor:
     from nemohybrid_kernels.activation.triton import squared_relu_triton
 

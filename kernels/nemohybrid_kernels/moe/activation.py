@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nemohybrid_kernels.activation import is_squared_relu, squared_relu_torch
+from nemohybrid_kernels.activation import is_squared_relu, swiglu
 
 # n rows of visits, F width of an expert
 
@@ -33,14 +34,25 @@ def activate_backward(up_out: Tensor, weights: Tensor, hidden: Tensor, activatio
 
 def _differentiated(activation: Activation, up_out: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The activation, and what takes its gradient to that of `up_out`."""
-    if torch.compiler.is_compiling():  # it cannot look into `autograd.grad`, which takes half the time of `vjp` else
-        plain = squared_relu_torch if is_squared_relu(activation) else activation  # `vjp` knows no operators of ours
-        activated, pull_back = torch.func.vjp(plain, up_out)  # pyright: ignore[reportAssignmentType]
-        return activated, lambda gradient: pull_back(gradient)[0]
+    if torch.compiler.is_compiling():  # it cannot look into `autograd.grad`
+        return _by_formula(activation, up_out)
     with torch.enable_grad():
         leaf = up_out.detach().requires_grad_()
         activated = activation(leaf)
     return activated.detach(), lambda gradient: torch.autograd.grad(activated, leaf, gradient)[0]
+
+
+def _by_formula(activation: Activation, up_out: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The same, for activations of others by `vjp`; with that, layers in a graph cannot be computed again by `checkpoint`."""
+    if is_squared_relu(activation):
+        positive = F.relu(up_out)
+        return positive.square(), lambda gradient: gradient * (2 * positive)
+    if activation is swiglu:
+        gate, up = up_out.chunk(2, dim=-1)
+        gated, slope = F.silu(gate), torch.ops.aten.silu_backward
+        return gated * up, lambda gradient: torch.cat([slope(gradient * up, gate), gradient * gated], dim=-1)
+    activated, pull_back = torch.func.vjp(activation, up_out)  # pyright: ignore[reportAssignmentType]
+    return activated, lambda gradient: pull_back(gradient)[0]
 
 
 def _in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

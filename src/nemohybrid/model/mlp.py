@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from nemohybrid.config.model import ModelConfig
@@ -11,14 +10,7 @@ from nemohybrid.model.linear import COLUMN, ROW, Linear
 from nemohybrid.model.mixer import Mixer, mixer, residual_std
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
-from nemohybrid_kernels.activation import squared_relu
-
-
-def swiglu(h: Tensor) -> Tensor:
-    """silu(first half) * second half of the last axis (Shazeer 2020)."""
-    gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
+from nemohybrid_kernels.activation import squared_relu, swiglu
 
 ACTIVATIONS = {"squared_relu": squared_relu, "swiglu": swiglu}
 """Name in the configuration -> function of what fc1 returns."""
