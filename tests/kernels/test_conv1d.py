@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemohybrid_kernels.conv1d import causal_conv1d
+from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
 
 
 def conv_inputs(B=2, L=19, C=16, K=4, dtype=torch.float64, documents=False, state=True, bias=True, seed=0):
@@ -56,6 +57,16 @@ def test_values_and_all_gradients_equal_the_oracle(K, dtype, tolerance, document
     got = results_and_gradients(causal_conv1d, inputs)
     assert got["out0"].dtype == got["out1"].dtype == dtype
     assert_same(got, want, tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("K, state, bias", [(1, False, True), (4, True, True), (3, False, False)])
+def test_documents_in_a_graph_equal_the_oracle(K, state, bias, assert_same, results_and_gradients):
+    """torch.compile gets a formula of its own: sizes that depend on the ids are nothing for it."""
+    inputs = conv_inputs(K=K, state=state, bias=bias, documents=True)
+    torch.compiler.reset()
+    traced = torch.compile(causal_conv1d_torch, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert_same(results_and_gradients(traced, inputs), results_and_gradients(conv_oracle, inputs), 1e-12)
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)

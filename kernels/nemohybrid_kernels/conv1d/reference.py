@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemohybrid_kernels.checks import document_runs
+from nemohybrid_kernels.documents import document_starts
 
 
 def causal_conv1d_torch(
@@ -27,7 +28,9 @@ def causal_conv1d_torch(
     (B, L, C), taps = x.shape, weight.shape[1] - 1
     history = x.new_zeros(B, taps, C) if initial_state is None else initial_state.to(x.dtype)
     slots_BSC = torch.cat([history, x], dim=1)
-    if document_ids is None:
+    if document_ids is not None and torch.compiler.is_compiling():
+        y, final = _tap_by_tap(slots_BSC, weight, bias, document_starts(document_ids))
+    elif document_ids is None:
         y, final = _depthwise(slots_BSC, weight, bias), slots_BSC[:, L:]
     else:
         slot_BL = torch.arange(L, device=x.device) + taps * document_runs(document_ids)
@@ -35,6 +38,19 @@ def causal_conv1d_torch(
         y = _take(_depthwise(slots_BSC, weight, bias), slot_BL)
         final = _take(slots_BSC, slot_BL[:, -1:] + 1 + torch.arange(taps, device=x.device))
     return (F.silu(y) if activation == "silu" else y), final.clone()
+
+
+def _tap_by_tap(inputs_BSC: Tensor, weight: Tensor, bias: Tensor | None, starts_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """The convolution and the last inputs, in sizes that do not depend on the ids, for torch.compile, which makes one pass of
+    it. Taps are masked where they reach into another document, and added up in fp32."""
+    (L, K), maths = (starts_BL.shape[1], weight.shape[1]), torch.promote_types(inputs_BSC.dtype, torch.float32)
+    position = torch.arange(1 - K, L, device=starts_BL.device)
+    y = inputs_BSC.new_zeros((), dtype=maths) if bias is None else bias.to(maths)
+    for tap, w in enumerate(weight.to(inputs_BSC.dtype).to(maths).unbind(1)):
+        sees = position[tap : tap + L] >= starts_BL
+        y = y + w * inputs_BSC[:, tap : tap + L].to(maths).masked_fill(~sees.unsqueeze(-1), 0.0)
+    outside = position[L:] < starts_BL[:, -1:]
+    return y.to(inputs_BSC.dtype), inputs_BSC[:, L:].masked_fill(outside.unsqueeze(-1), 0.0)
 
 
 def _spread(rows: Tensor, slot_BL: Tensor, taps: int) -> Tensor:
