@@ -124,6 +124,15 @@ def test_parts_of_wider_rows_are_read_and_written_in_place(dtype, tolerance):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, where infinity may be
+def test_a_bias_with_gaps_in_memory_is_read_where_it_is(assert_same, results_and_gradients):
+    inputs = conv_inputs()
+
+    def spread(bias, **others):
+        return with_triton()(bias=torch.stack([bias, -bias], 1)[:, 0], **others)
+
+    assert_same(results_and_gradients(spread, inputs), results_and_gradients(with_triton(), inputs), 0.0)
+
+
 def test_not_even_infinity_leaks_into_another_document():
     x, weight = torch.ones(1, 8, 3, device=DEVICE), torch.ones(3, 4, device=DEVICE)
     starts = document_starts(torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]], device=DEVICE))

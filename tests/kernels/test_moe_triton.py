@@ -96,6 +96,26 @@ def test_any_shape_equals_the_dense_oracle(T, E, K, D, width, assert_same, resul
     assert_same(got, want, 2e-5)
 
 
+def test_weights_with_gaps_in_memory_are_read_where_they_are(assert_same, results_and_gradients):
+    """A column of more weights, and one weight for all: flattened, they are views."""
+    inputs, run = moe_inputs(K=1), experts(activation=squared_relu)
+
+    def column(expert_weights, **others):
+        return run(expert_weights=torch.cat([expert_weights, -expert_weights], 1)[:, :1], **others)
+
+    assert_same(results_and_gradients(column, inputs), results_and_gradients(run, inputs), 0.0)
+    inputs = moe_inputs() | {"expert_weights": torch.full((1, 1), 0.5)}
+
+    def everywhere(copy, expert_weights, **others):
+        return run(expert_weights=copy(expert_weights.expand(13, 2)), **others)
+
+    got, want = (
+        results_and_gradients(lambda copy=copy, **given: everywhere(copy, **given), inputs)
+        for copy in (lambda t: t, torch.Tensor.contiguous)
+    )
+    assert_same(got, want, 1e-6)
+
+
 def with_rubbish_at_nobody(products):
     """Rows of nobody hold what the memory held before: here what spoils every sum it enters."""
 

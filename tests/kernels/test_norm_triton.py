@@ -115,6 +115,16 @@ def test_parts_of_wider_rows_are_read_and_written_in_place():
         assert (row == 7).all(), f"{name}: neighbours were written"
 
 
+def test_a_weight_with_gaps_in_memory_is_read_where_it_is(assert_same, results_and_gradients):
+    inputs = norm_inputs(5, 24)
+    run = gated("triton", 8)
+
+    def spread(weight, **others):
+        return run(weight=torch.stack([weight, -weight], 1)[:, 0], **others)
+
+    assert_same(results_and_gradients(spread, inputs), results_and_gradients(run, inputs), 0.0)
+
+
 def test_rows_of_zeros_stay_zero_with_finite_gradients(results_and_gradients):
     inputs = {"x": torch.zeros(2, 8), "weight": torch.ones(8)}
     results = results_and_gradients(plain("triton"), inputs)

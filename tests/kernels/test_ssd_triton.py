@@ -108,6 +108,16 @@ def test_columns_of_wider_rows_are_taken_as_they_are(assert_same, results_and_gr
     assert_same(results_and_gradients(widened, inputs), results_and_gradients(scan, inputs), 0.0)
 
 
+def test_numbers_of_heads_with_gaps_in_memory_are_read_where_they_are(assert_same, results_and_gradients):
+    inputs = scan_inputs(batch=1, L=20, dtype=torch.float32)
+
+    def spread(A, D, **others):
+        A, D = torch.stack([A, D], 1).unbind(1)
+        return scan(A=A, D=D, **others)
+
+    assert_same(results_and_gradients(spread, inputs), results_and_gradients(scan, inputs), 0.0)
+
+
 def test_two_runs_are_equal_bit_by_bit(results_and_gradients):
     inputs = scan_inputs(batch=1, L=40, H=2, dtype=torch.bfloat16, documents=True)
     first, second = results_and_gradients(scan, inputs), results_and_gradients(scan, inputs)

@@ -144,7 +144,7 @@ def _unpermuted(rows: Tensor, visits: Visits) -> Tensor:
 def _activated(up_out: Tensor, weights: Tensor, visits: Visits, activation: Activation, width: int) -> Tensor:
     if not is_squared_relu(activation):
         return passes.activate_rows(up_out, weights, visits, activation, width)
-    return _relu2(up_out, weights.flatten(), visits.order, visits.end)
+    return _relu2(up_out, _in_a_row(weights), visits.order, visits.end)
 
 
 def _activated_backward(
@@ -152,8 +152,13 @@ def _activated_backward(
 ) -> tuple[Tensor, Tensor]:
     if not is_squared_relu(activation):
         return passes.activate_rows_backward(up_out, weights, hidden, visits, activation)
-    d_up_out, d_weights = _relu2_backward(hidden, up_out, weights.flatten(), visits.order, visits.end)
+    d_up_out, d_weights = _relu2_backward(hidden, up_out, _in_a_row(weights), visits.order, visits.end)
     return d_up_out, d_weights.view_as(weights)
+
+
+def _in_a_row(weights: Tensor) -> Tensor:
+    """[T, K] -> [n], one behind the other in memory, which `flatten` alone leaves open."""
+    return weights.flatten().contiguous()
 
 
 TRITON = Passes(_permuted, _unpermuted, _activated, _activated_backward)

@@ -170,7 +170,8 @@ def decays_of(call: Call) -> Decays:
 
 def _time_steps(call: Call) -> dict[str, Any]:
     low, high = call.limit or (None, None)
-    given = {"raw": call.dt, "bias": call.bias, "A": call.A, "SOFTPLUS": call.softplus, "LOW": low, "HIGH": high}
+    given = {"raw": call.dt, "bias": _contiguous(call.bias), "A": _contiguous(call.A)}
+    given |= {"SOFTPLUS": call.softplus, "LOW": low, "HIGH": high}
     return given | {"raw_stride_b": call.dt.stride(0), "raw_stride_l": call.dt.stride(1)}
 
 
@@ -318,7 +319,7 @@ def _scan(
         x=x,
         B=B,
         C=C,
-        D=call.D,
+        D=_contiguous(call.D),
         dt=decays.dt,
         decay=decays.decay,
         edge=edge,
@@ -502,6 +503,10 @@ def padded(width: int) -> int:
 def like(t: Tensor) -> Tensor:
     """A new, contiguous tensor of the same shape and type."""
     return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def strides(name: str, t: Tensor, dims: str) -> dict[str, int]:
