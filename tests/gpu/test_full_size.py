@@ -50,6 +50,7 @@ class Full:
 FULL = {
     "mixer of Nemotron-H-8B": Full(mixer_call, Mixer()),
     "mixer of packed rows": Full(mixer_call, Mixer(packed=True), TINY),
+    "mixer that recomputes": Full(mixer_call, Mixer(recompute=True)),
     "mixer in fp32": Full(mixer_call, Mixer(dtype=FP32)),
     "mixer of Nemotron-H-4B": Full(mixer_call, Mixer(heads=112)),
     "mixer of one of 8 ranks": Full(mixer_call, Mixer(heads=16, groups=1)),

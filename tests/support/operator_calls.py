@@ -75,8 +75,8 @@ def mixer_call(sizes: Mixer) -> Case:
         given |= {"norm_weight": draw.weight(sizes.inner, scale=0.2, mean=1.0)}
         return given | _decays(draw, sizes.heads) | _documents(sizes)
 
-    named = {"heads": sizes.heads, "groups": sizes.groups, "state": sizes.state}
-    run = partial(mamba2_mixer, **named, group_size=sizes.inner // sizes.groups, eps=EPS)
+    named: dict[str, Any] = {"heads": sizes.heads, "groups": sizes.groups, "state": sizes.state}
+    run = partial(mamba2_mixer, **named, recompute=sizes.recompute, group_size=sizes.inner // sizes.groups, eps=EPS)
     return call("mamba2_mixer", sizes, inputs, run)
 
 

@@ -59,8 +59,14 @@ def ours(model: HybridModel, device: torch.device, dtype: torch.dtype) -> list[s
 
 def plain(model: HybridModel, device: torch.device, dtype: torch.dtype) -> list[str]:
     """PyTorch in the place of our kernels; attention and experts stay what they are."""
-    torch_only = {f"{operator}_backend": "torch" for operator in ("ssd", "conv1d", "norm", "activation")}
-    return _bound(model, KernelsSection(mixer_backend="separate", **torch_only), device, dtype)
+    torch_only = KernelsSection(
+        mixer_backend="separate",
+        ssd_backend="torch",
+        conv1d_backend="torch",
+        norm_backend="torch",
+        activation_backend="torch",
+    )
+    return _bound(model, torch_only, device, dtype)
 
 
 def of_peer(peer: Peer, chunk: int) -> Side:
