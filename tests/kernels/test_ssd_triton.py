@@ -118,6 +118,19 @@ def test_numbers_of_heads_with_gaps_in_memory_are_read_where_they_are(assert_sam
     assert_same(results_and_gradients(spread, inputs), results_and_gradients(scan, inputs), 0.0)
 
 
+def test_results_lie_in_memory_as_torch_was_told_however_arguments_do():
+    """torch.compile relies on it."""
+    from nemohybrid_kernels.ssd.triton.op import _scan, _scan_backward
+
+    inputs = {name: tensor.to(DEVICE) for name, tensor in scan_inputs(dtype=torch.float32).items()}
+    inputs |= {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("x", "B", "C")}
+    arguments = (*(inputs[name] for name in ("x", "dt", "A", "B", "C", "D")), None, inputs["initial_state"], 16)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(_scan, arguments, test_utils=tests)
+    d_final = inputs["initial_state"].mT.contiguous().mT
+    torch.library.opcheck(_scan_backward, (inputs["x"], d_final, *arguments), test_utils=tests)
+
+
 def test_two_runs_are_equal_bit_by_bit(results_and_gradients):
     inputs = scan_inputs(batch=1, L=40, H=2, dtype=torch.bfloat16, documents=True)
     first, second = results_and_gradients(scan, inputs), results_and_gradients(scan, inputs)

@@ -83,7 +83,7 @@ def _(
     dy: Tensor, d_final: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     dD = A.new_empty(0) if D is None else like(D)
-    return like(x), like(dt), like(A), like(B), like(C), dD, torch.empty_like(d_final)
+    return like(x), like(dt), like(A), like(B), like(C), dD, like(d_final)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
