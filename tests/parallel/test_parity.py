@@ -6,6 +6,8 @@ Tolerances are shares of the largest entry of a tensor, in fp32; sums over ranks
 import pytest
 from layouts import Layout, compare
 
+from nemohybrid_kernels import cross_entropy
+
 TOLERANCE = 1e-5
 
 LAYOUTS = [
@@ -87,3 +89,25 @@ def test_a_tied_vocabulary_is_shared_by_data_ranks_as_one(layout):
     assert not comparison.faults(TOLERANCE), "\n".join(comparison.faults(TOLERANCE))
     key_bias = comparison.tensors["gradient.mtp.0.layers.0.mixer.qkv.k.bias"]
     assert key_bias.scale < comparison.floors()["gradient"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(data=2, shard=2),
+        Layout(tensor=4, sequence=True),
+        Layout(pipeline=2, data=2, shard=2, mode="shard_grad"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_never_holds_all_logits_equals_one_rank_that_does(layout):
+    """It keeps the matrix for its backward pass, which FSDP must not have cut again by then, and which MTP uses too."""
+    comparison = compare(layout, "latent", recompute="layer", before=without_all_logits)
+    assert not comparison.faults(TOLERANCE), "\n".join(comparison.faults(TOLERANCE))
+
+
+def without_all_logits():
+    def held(*_, **__):
+        raise AssertionError("all logits were held")
+
+    cross_entropy._slower, cross_entropy._plain = (lambda device: None), held
