@@ -1,6 +1,6 @@
 """Which implementation of an operator runs: asked for by name, or the first one that can run here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,14 @@ class Choice:
         return f"{self.operator}: {self.backend} ({self.why})"
 
 
+def lines_of(choices: Iterable[Choice]) -> list[str]:
+    """A line for each backend and reason, with all operators that it was chosen for."""
+    operators: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        operators.setdefault((choice.backend, choice.why), []).append(choice.operator)
+    return [f"{', '.join(names)}: {backend} ({why})" for (backend, why), names in operators.items()]
+
+
 def decide(operator: str, wanted: str, backends: Mapping[str, Backend], device: torch.device) -> Choice:
     """What runs for `operator` on `device`, and why.
 
@@ -63,13 +71,18 @@ def _first_possible(operator: str, backends: Mapping[str, Backend], device: torc
         reason = backend.obstacle(device) or backend.reluctance(device)
         if reason is None:
             why = (
-                "auto; " + "; ".join(f"not {other}: {reason}" for other, reason in passed_over)
+                "auto; " + "; ".join(f"not {other}: {_briefly(reason)}" for other, reason in passed_over)
                 if passed_over
                 else "auto"
             )
             return Choice(operator, name, backend.run, why)
         passed_over.append((name, reason))
     raise AssertionError(f"{operator} has no backend that runs anywhere")
+
+
+def _briefly(obstacle: str) -> str:
+    """Without how to overcome it, which is for who asks for that backend."""
+    return obstacle.partition(";")[0]
 
 
 def choose(operator: str, wanted: str, backends: Mapping[str, Backend], device: torch.device) -> Callable[..., Any]:

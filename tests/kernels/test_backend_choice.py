@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nemohybrid_kernels.backend import Backend, choose
+from nemohybrid_kernels.backend import Backend, choose, decide, lines_of
 from nemohybrid_kernels.conv1d import causal_conv1d
 from nemohybrid_kernels.errors import BackendError, ShapeError
 from nemohybrid_kernels.moe import expert_mlp
@@ -59,3 +59,14 @@ def test_wrong_shapes_are_named_with_the_legal_value():
         gated_rms_norm(torch.ones(6), torch.ones(6), torch.ones(6), group_size=5, eps=1e-5)
     with pytest.raises(ValueError, match=r"no activation 'gelu'. Legal: 'silu', None"):
         causal_conv1d(x[:, :, 0], torch.ones(4, 3), activation="gelu")
+
+
+def test_operators_with_the_same_answer_share_a_line():
+    possible = {"fast": Backend(len, lambda device: "it needs a GPU; pip install fast"), "plain": Backend(len)}
+    choices = [decide(name, "auto", possible, CPU) for name in ("scan", "norm")] + [
+        decide("loss", "plain", possible, CPU)
+    ]
+    assert lines_of(choices) == [
+        "scan, norm: plain (auto; not fast: it needs a GPU)",
+        "loss: plain (asked for)",
+    ], "advice is for who asks for a backend"

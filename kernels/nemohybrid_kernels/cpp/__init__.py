@@ -80,7 +80,7 @@ def _missing() -> str | None:
         return "it needs Linux and a torch with OpenMP"
     file = library_file()
     if not file.exists():
-        return f"it is not built; with a C++ compiler, `{COMMAND}` does that in seconds"
+        return f"it is not built (`{COMMAND}` does that in seconds, with a C++ compiler)"
     if not is_trusted(file):
         return f"{file} is not this user's own, or others may write to it"
     return None

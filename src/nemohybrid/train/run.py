@@ -22,6 +22,7 @@ from nemohybrid.train.process import allow_many_files, keep_freed_memory
 from nemohybrid.train.random_streams import RandomStreams
 from nemohybrid.train.signals import StopSignals, name_of
 from nemohybrid.train.trainer import Trainer, use_threads
+from nemohybrid_kernels.backend import lines_of
 
 
 def join(config: RunConfig) -> ParallelContext:
@@ -49,7 +50,7 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
             say(context, *notes, _introduction(config, context), *shown_cut(config, context))
             say(context, *warnings, *_for_benchmarks_only(config))
             trainer = Trainer(config, context, standard(config, context.is_main))
-            say(context, *map(str, trainer.model.kernels), *_describe_data(trainer), *trainer.resume())
+            say(context, *lines_of(trainer.model.kernels), *_describe_data(trainer), *trainer.resume())
             if not trainer.is_complete:
                 _train(trainer, folder, signals)
     return trainer
