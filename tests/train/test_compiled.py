@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.layer import Layer
-from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.context import Axes, ParallelContext
+from nemohybrid.parallel.world import divide
 from nemohybrid.train.trainer import Trainer
 
 MODEL = [
@@ -19,11 +21,15 @@ MODEL = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, tracing
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_steps_of_compiled_layers_equal_plain_ones(configure):
-    """Layers that are computed again and a block that runs twice count their experts' loads as often as ever."""
-    plain, compiled = (Trainer(configure(*MODEL), ParallelContext.single(), []) for _ in "ab")
+IGNORED = (
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in IGNORED]  # torch's own, tracing
+
+
+def assert_compiled_steps_equal_plain_ones(config: RunConfig, context: ParallelContext) -> None:
+    plain, compiled = (Trainer(config, context, []) for _ in "ab")
     torch.compiler.reset()
     for layer in compiled.model.modules():
         if isinstance(layer, Layer):
@@ -35,3 +41,18 @@ def test_steps_of_compiled_layers_equal_plain_ones(configure):
         assert got.metrics["moe_aux_loss"] == pytest.approx(wanted.metrics["moe_aux_loss"], rel=1e-5), step
         assert torch.equal(compiled.balance.loads, plain.balance.loads), step
         assert plain.balance.loads.sum() > 0
+
+
+def test_steps_of_compiled_layers_equal_plain_ones(configure):
+    """Layers that are computed again and a block that runs twice count their experts' loads as often as ever."""
+    assert_compiled_steps_equal_plain_ones(configure(*MODEL), ParallelContext.single())
+
+
+def test_compiled_layers_share_tensors_and_tokens_as_plain_ones(configure, run_ranks):
+    config = configure(*MODEL, "model.pattern='ME*-'", "parallel.tensor=2", "parallel.sequence=true", world_size=2)
+    axes = Axes(tensor=2, sequence=True)
+
+    def steps(_: ParallelContext) -> None:
+        assert_compiled_steps_equal_plain_ones(config, divide(torch.device("cpu"), axes))
+
+    assert run_ranks(steps) == ["", ""]
