@@ -1,8 +1,11 @@
 """The middle of a Mamba-2 mixer as one operator, against its parts one after another in float64."""
 
+from collections import Counter
+
 import pytest
 import torch
 
+from nemohybrid_kernels import launching
 from nemohybrid_kernels.errors import ShapeError
 from nemohybrid_kernels.mixer import mamba2_mixer
 
@@ -90,6 +93,24 @@ def test_what_it_keeps_is_what_it_says():
     least = [37 * INNER, mixer_inputs()["zxbcdt"].numel()]
     assert kept(recompute=True) == least
     assert kept(recompute=False) == sorted([*least, 37 * (INNER + 2 * GROUPS * STATE), 3 * INNER * STATE])
+
+
+def test_the_backward_pass_makes_again_only_what_was_not_kept():
+    from nemohybrid_kernels.mixer.triton import _mixer, _mixer_backward
+
+    inputs = tuple(t.to(DEVICE) for t in mixer_inputs(L=20).values())
+    sizes = (None, HEADS, GROUPS, STATE, 8, 1e-5, None, None, 16)
+
+    def launched_backward(recompute):
+        with launching.recording(90) as launches:
+            out, *kept = _mixer(*inputs, *sizes, recompute)
+            launches.clear()
+            _mixer_backward(torch.empty_like(out), *kept, *inputs, *sizes)
+        return Counter(launch.kernel.__name__ for launch in launches)
+
+    assert launched_backward(recompute=False)["conv1d_backward"] == 1
+    again = Counter(conv1d_forward=1, ssd_states=1)
+    assert launched_backward(recompute=True) == launched_backward(recompute=False) + again
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])

@@ -1,5 +1,7 @@
 """The Triton kernels of the scan against the sequential oracle: on a GPU where there is one, else in the interpreter."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,6 +61,18 @@ def ssd_launches(inputs):
     from nemohybrid_kernels.ssd.triton import Call, forward
 
     forward(Call(*(inputs[name] for name in ("x", "dt", "A", "B", "C", "D")), chunk_size=16))
+
+
+def test_a_group_of_more_heads_than_a_program_takes_equals_the_oracle(monkeypatch, assert_same, results_and_gradients):
+    """Three heads in blocks of two, the last of which is not full; at one group of 128 heads there are eight of them."""
+    table = deepcopy(launching.table())
+    for kernels in table.values():
+        for entry in (*kernels["ssd_scan"], *kernels["ssd_pair_gradients"]):
+            entry["tiles"]["HEADS"] = 2
+    monkeypatch.setattr(launching, "table", lambda: table)
+    inputs = scan_inputs(batch=1, L=21, H=6, G=2, dtype=torch.float32, documents=True)
+    got = results_and_gradients(scan, inputs)
+    assert_same(got, results_and_gradients(ssd_sequential, in_double(inputs)), 1e-5)
 
 
 @settings(max_examples=3, derandomize=True, deadline=None)
