@@ -10,7 +10,7 @@ from scan_inputs import scan_inputs
 from torch import Tensor
 
 from nemohybrid_kernels import machine
-from nemohybrid_kernels.canary import Case, KernelMismatch, check
+from nemohybrid_kernels.canary import ALLOWED, Case, KernelMismatch, check
 from nemohybrid_kernels.ssd import ssd_scan
 
 CPU = torch.device("cpu")
@@ -62,6 +62,19 @@ def one_entry_is_nan(**given: Tensor) -> Tensor:
     return y
 
 
+def one_entry_is_off(**given: Tensor) -> Tensor:
+    """By little of the whole."""
+    y = twin(**given).clone()
+    y[1, 77, 2, 3] += 0.06 * y.detach().abs().max()
+    return y
+
+
+def every_entry_is_off(**given: Tensor) -> Tensor:
+    """By less than a single one may be."""
+    y = twin(**given)
+    return y + 0.75 * ALLOWED[y.dtype] * y.detach().abs().max()
+
+
 def documents_leak(document_ids: Tensor, **given: Tensor) -> Tensor:
     return twin(document_ids=torch.where(torch.arange(LENGTH) < 64, document_ids, document_ids[:, 63:64]), **given)
 
@@ -81,6 +94,8 @@ def raises(**given: Tensor) -> Tensor:
 FAULTS = {
     "a tile that was not written": (one_tile_is_zero, "output is off by"),
     "one NaN": (one_entry_is_nan, "output holds NaN or infinity in 1 of"),
+    "one wrong entry": (one_entry_is_off, "output is off by .* of its largest entry"),
+    "many entries that are a little wrong": (every_entry_is_off, "output is off by .* of its norm"),
     "documents that leak": (documents_leak, "output is off by"),
     "a gradient that is half of what it should be": (partial(with_gradient, "dt", 0.5), "gradient of dt is off by"),
     "a gradient with the wrong sign in the last chunk": (
