@@ -17,6 +17,8 @@ from nemohybrid.model import HybridModel, SequenceContext
 from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.model.moe.balance import RouterLosses
 from nemohybrid.model.moe.router import Router
+from nemohybrid.train.batch import Batch
+from nemohybrid.train.loss import summed_losses
 from nemohybrid_kernels.moe import grouped, products
 
 pytest.importorskip("triton")
@@ -153,21 +155,39 @@ def test_a_compiled_router_counts_every_trained_token_once_and_for_itself(losses
         torch.testing.assert_close(got, counted, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_model_whose_layers_are_computed_again_is_one_graph_in_training(tiny_model, token_rows):
-    model = tiny_model("ME*-", router=LOSSES["losses"], num_experts=3, **SMALL)
+def test_the_losses_of_a_model_are_one_graph_also_where_layers_are_computed_again(tiny_model, token_rows):
+    """With a block that runs at two MTP depths, and documents of which only the batch knows."""
+    model = tiny_model("ME*-/E/E", router=LOSSES["losses"], num_experts=3, **SMALL)
     bind_kernels(model.to(DEVICE), KernelsSection(**TORCH), DEVICE, torch.float32, packed=True)
-    model.recompute, rows = True, token_rows(ROWS, LENGTH).to(DEVICE)
+    model.recompute, rows = True, token_rows(2, LENGTH).to(DEVICE)
+    ids = (torch.arange(LENGTH, device=DEVICE) >= 9).int().expand(2, -1)
+    batch = Batch(rows, rows.roll(-1, 1), torch.ones_like(rows, dtype=torch.float32), ids)
+
+    def losses(batch: Batch) -> Tensor:
+        return summed_losses(model, batch, share=0.5)
+
     torch.compiler.reset()
     found = []
-    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+    for run in (losses, torch.compile(losses, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
-        run(rows, context(True, share=0.5)).square().sum().backward()
-        losses = router_losses(model.layers.get_submodule("1"))
-        found.append({name: p.grad for name, p in model.named_parameters()} | vars(losses.tally))
-        losses.tally = None
+        values = run(batch)
+        values.sum().backward()
+        found.append({"losses": values.detach()} | {name: p.grad for name, p in model.named_parameters()})
+        for name, router in model.named_modules():
+            if isinstance(router, Router):
+                found[-1] |= {f"{name}.{key}": tensor for key, tensor in vars(router.losses.tally).items()}
+                router.losses.tally = None
+    assert "mtp.0.layers.0.mixer.router.loads" in found[0]
     for name, wanted in found[0].items():
         got = found[1][name]
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_model_that_is_told_nothing_of_its_rows_is_one_graph(tiny_model, token_rows):
+    model, rows = tiny_model("*-").to(DEVICE), token_rows(2, LENGTH).to(DEVICE)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows), model(rows), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.slow

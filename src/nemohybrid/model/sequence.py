@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nemohybrid.errors import ConfigError, DataError
+from nemohybrid.parallel.context import Group
 from nemohybrid.parallel.tensor import TensorRanks
 from nemohybrid_kernels.attention import Documents
 
@@ -50,6 +51,11 @@ class DecodeCache:
             state.rewind(tokens)
 
 
+def _one_rank() -> TensorRanks:
+    """A function with everything named: torch.compile cannot look into defaults of a class of ours."""
+    return TensorRanks(Group(), cut=False)
+
+
 @dataclass
 class SequenceContext:
     """The shape and borders of one microbatch, built once and shared by all layers.
@@ -65,7 +71,7 @@ class SequenceContext:
     document_ids: Tensor | None = None
     cache: DecodeCache | None = None
     share: float | None = None
-    ranks: TensorRanks = field(default_factory=TensorRanks)
+    ranks: TensorRanks = field(default_factory=_one_rank)
     _masks: dict[torch.device, Tensor | None] = field(default_factory=dict, repr=False)
     _documents: dict[torch.device, Documents] = field(default_factory=dict, repr=False)
 
