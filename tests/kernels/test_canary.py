@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,27 @@ def test_a_machine_is_another_after_any_change_of_what_decides_the_code(monkeypa
     monkeypatch.setattr(machine, "sources", lambda: "f" * 64)
     now = machine.machine(CPU)
     assert {name for name in now if now[name] != before.get(name)} == {"torch", "kernels", *machine.PACKAGES}
+
+
+def test_a_gpu_of_the_same_make_is_another_machine_and_one_of_another_driver_too(monkeypatch):
+    def seen(uuid: str, driver: str) -> dict[str, str]:
+        gpu = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, uuid=uuid)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+        monkeypatch.setattr(machine, "_driver", lambda: driver)
+        return machine.machine(torch.device("cuda"))
+
+    first = seen("a", "580.1")
+    assert first["device"] == "NVIDIA H200 (9.0)"
+    assert first == seen("a", "580.1")
+    assert first != seen("b", "580.1")
+    assert first != seen("a", "580.2")
+
+
+def test_the_interpreter_is_another_machine(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpreted = machine.machine(CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert interpreted != machine.machine(CPU)
 
 
 def test_the_sources_are_all_of_the_package(monkeypatch, tmp_path):

@@ -130,3 +130,13 @@ def test_no_call_looks_for_triton_in_the_file_system(monkeypatch):
     monkeypatch.setattr(launching, "TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert launching.obstacle(CPU) is None
+
+
+@pytest.mark.parametrize(
+    "capability, column", [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 80)], ids=str
+)
+def test_a_gpu_takes_the_column_of_its_generation_and_an_unknown_one_the_smallest_tiles(
+    capability, column, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launching.architecture(torch.device("cuda")) == column
