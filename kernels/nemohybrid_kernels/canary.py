@@ -6,6 +6,7 @@ A kernel that is right on one GPU can be silently wrong on another, or under ano
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Case:
 
     `sizes` says in words what the call is like: two cases of the same name are the same. `inputs()` draws the arguments on
     the CPU, the same ones in every process; `run` and `twin` take them by name and return a tensor or several. The twin also
-    takes them in float64.
+    takes them in float64. `run` and its backward pass run within `around()`.
     """
 
     operator: str
@@ -41,6 +42,7 @@ class Case:
     inputs: Callable[[], Tensors]
     run: Callable[..., Any]
     twin: Callable[..., Any]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def name(self) -> str:
@@ -65,7 +67,8 @@ def check(case: Case, device: torch.device) -> None:
 
 def _results_of_kernel(case: Case, given: Tensors) -> Tensors:
     try:
-        got = _results(case.run, given)
+        with case.around():
+            got = _results(case.run, given)
         if any(tensor.is_cuda for tensor in given.values()):
             torch.cuda.synchronize()  # a kernel's failure shows when somebody waits for it
         return got

@@ -106,6 +106,26 @@ def recording(architecture: int, *, runs: bool = False) -> Iterator[Recording]:
         _recorder.reset(token)
 
 
+_cut: tuple[int, int] | None = None
+
+
+@contextmanager
+def cut_like(rows: int, tokens: int) -> Iterator[None]:
+    """Within the block kernels cut calls into programs as one of `rows` rows of `tokens` tokens: small ones run the
+    kernels of a large one, compiled with the same constants. In all threads, since backward passes have their own."""
+    global _cut
+    before, _cut = _cut, (rows, tokens)
+    try:
+        yield
+    finally:
+        _cut = before
+
+
+def size_to_cut(rows: int, tokens: int) -> tuple[int, int]:
+    """Rows and their tokens that say how a call of this size is cut: its own, but within `cut_like`."""
+    return _cut or (rows, tokens)
+
+
 def config_for(kernel: str, device: torch.device, **facts: Fact) -> Config:
     """The configuration of `kernel` for a call with these facts: the first in the table whose conditions they meet."""
     for place, entry in enumerate(table()[f"sm_{architecture(device)}"][kernel]):

@@ -57,6 +57,18 @@ def test_a_long_row_of_few_heads_in_segments_equals_the_oracle(documents, assert
     assert_same(got, results_and_gradients(ssd_sequential, in_double(inputs)), 1e-5)
 
 
+def test_a_short_row_cut_like_a_long_one_equals_the_oracle(assert_same, results_and_gradients):
+    """As the canary compares it: more segments than the row has chunks, some of which are empty."""
+    inputs = scan_inputs(batch=1, L=37, H=2, G=1, dtype=torch.float32, documents=True)
+    with launching.cut_like(1, 1000):
+        with launching.recording(90) as launches:
+            ssd_launches(inputs)
+        segments = {launch.arguments.get("segments") for launch in launches} - {None}
+        got = results_and_gradients(scan, inputs)
+    assert segments == {15}
+    assert_same(got, results_and_gradients(ssd_sequential, in_double(inputs)), 1e-5)
+
+
 def ssd_launches(inputs):
     from nemohybrid_kernels.ssd.triton import Call, forward
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nemohybrid.checkpoint.world import World
+from nemohybrid.config.ranks import data_ranks, microbatch
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.model.hybrid import DTYPES
@@ -42,8 +43,8 @@ def check_kernels(model: nn.Module, config: RunConfig, device: torch.device) -> 
     TrainingError on every rank where a kernel was wrong on one.
     """
     dtype, packed = DTYPES[config.model.dtype], config.data.reset_documents
-    row = config.data.sequence_length
-    cases = cases_of(model, Calls.of(dtype, device, packed, config.model.chunk_size, row))
+    row, rows = config.data.sequence_length, microbatch(config, data_ranks(config, World().size))
+    cases = cases_of(model, Calls.of(dtype, device, packed, config.model.chunk_size, row, rows))
     if config.kernels.canary == "skip":
         return _skipped(cases)
     passed = Passed(machine(device))

@@ -21,6 +21,7 @@ from nemohybrid_kernels.attention.flex import BLOCK
 from nemohybrid_kernels.canary import Case, Tensors
 from nemohybrid_kernels.conv1d import causal_conv1d
 from nemohybrid_kernels.cross_entropy import linear_cross_entropy
+from nemohybrid_kernels.launching import cut_like
 from nemohybrid_kernels.mixer import mamba2_mixer
 from nemohybrid_kernels.moe import expert_mlp
 from nemohybrid_kernels.norm import gated_rms_norm, rms_norm
@@ -39,21 +40,28 @@ MOST_WEIGHTS = 2**26
 
 @dataclass(frozen=True)
 class Calls:
-    """How a run calls its operators: types, device, whether rows hold several documents, how long a row is here, and how
-    long in the run."""
+    """How a run calls its operators: types, device, whether rows hold several documents, how long a row is here; and how
+    long one is in the run, and how many there are at a time."""
 
     dtype: torch.dtype
     device: torch.device
     packed: bool
     length: int
     row: int = BLOCK
+    rows: int = 1
 
     @classmethod
     def of(
-        cls, dtype: torch.dtype, device: torch.device, packed: bool, chunk_size: int | None, row: int = BLOCK
+        cls,
+        dtype: torch.dtype,
+        device: torch.device,
+        packed: bool,
+        chunk_size: int | None,
+        row: int = BLOCK,
+        rows: int = 1,
     ) -> "Calls":
         """Rows that cross two borders of chunks and end within one."""
-        return cls(dtype, device, packed, 2 * (chunk_size or 128) + 45, row)
+        return cls(dtype, device, packed, 2 * (chunk_size or 128) + 45, row, rows)
 
     def of_attention(self) -> "Calls":
         """Rows of three blocks of FlexAttention, which compiles other code for rows that end within a block."""
@@ -152,6 +160,14 @@ def _made(
     return Case(operator, backend, words, draw, partial(run, backend=backend), partial(run, backend="torch"))
 
 
+def _cut_as_trained(case: Case, calls: Calls) -> Case:
+    """Our scan gives its programs more heads the more tokens there are, and cuts rows of few heads into segments."""
+    if case.backend != "triton":
+        return case
+    words = f"{case.sizes}, cut as {calls.rows} x {calls.row} tokens"
+    return replace(case, sizes=words, around=partial(cut_like, calls.rows, calls.row))
+
+
 def _with_documents(inputs: Tensors, calls: Calls) -> Tensors:
     return inputs | ({"document_ids": calls.documents()} if calls.packed else {})
 
@@ -181,7 +197,7 @@ def mixer_case(layer: Mamba2, calls: Calls) -> Case:
 
     sizes = f"{H} heads of {inner // H}, {G} groups, state {N}, {taps} taps"
     backend = layer.fused_backend(torch.empty(0, dtype=calls.dtype, device=calls.device)) or "torch"
-    return _made("mamba2_mixer", backend, sizes, calls, inputs, run)
+    return _cut_as_trained(_made("mamba2_mixer", backend, sizes, calls, inputs, run), calls)
 
 
 def scan_case(layer: Mamba2, calls: Calls) -> Case:
@@ -198,7 +214,8 @@ def scan_case(layer: Mamba2, calls: Calls) -> Case:
         B, C = (t.unflatten(-1, (G, N)) for t in (B, C))
         return ssd_scan(x.unflatten(-1, (H, P)), B=B, C=C, chunk_size=layer.chunk_size, **given)[0]
 
-    return _made("ssd_scan", layer.backend, f"{H} heads of {P}, {G} groups, state {N}", calls, inputs, run)
+    case = _made("ssd_scan", layer.backend, f"{H} heads of {P}, {G} groups, state {N}", calls, inputs, run)
+    return _cut_as_trained(case, calls)
 
 
 def conv_case(conv: CausalConv, calls: Calls) -> Case:

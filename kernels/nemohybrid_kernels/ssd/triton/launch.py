@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemohybrid_kernels.launching import Config, config_for, dtype_fact, launch
+from nemohybrid_kernels.launching import Config, config_for, dtype_fact, launch, size_to_cut
 from nemohybrid_kernels.ssd.triton import decay_kernels, gradient_kernels, scan_kernels, state_kernels
 
 PROGRAMS = 128
@@ -57,6 +57,12 @@ class Call:
     @property
     def chunks(self) -> int:
         return -(-self.L // self.chunk)
+
+    @property
+    def to_cut(self) -> tuple[int, int]:
+        """Rows, and chunks of a row, that say how programs share the work."""
+        rows, tokens = size_to_cut(self.batch, self.L)
+        return rows, -(-tokens // self.chunk)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -219,8 +225,8 @@ class _Loop:
 
     def run(self, initial: Tensor | None, forward_states: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The state before each chunk (in the loop's direction), the last one, and what passed."""
-        call = self.call
-        segments = min(max(1, call.chunks // 4), -(-PROGRAMS // (call.batch * call.H * self.tiles)))
+        call, (rows, chunks) = self.call, self.call.to_cut
+        segments = min(max(1, chunks // 4), -(-PROGRAMS // (rows * call.H * self.tiles)))
         if segments > 1:
             initial = self._before_segments(initial, segments)
         states = call.x.new_empty(call.batch, call.chunks, call.H, call.N, call.P)
@@ -489,8 +495,8 @@ def _tiled(kernel: str, call: Call) -> _Tiled:
     """How programs share chunks and groups: as many heads each as the table says, fewer where a GPU would not be filled."""
     config, R = call.config(kernel), call.H // call.G
     tiles = call.chunk // config.tiles["ROWS"]
-    heads = min(config.tiles["HEADS"], 1 << (R - 1).bit_length())
-    while heads > 1 and call.batch * call.chunks * call.G * tiles * -(-R // heads) < 2 * PROGRAMS:
+    heads, (rows, chunks) = min(config.tiles["HEADS"], 1 << (R - 1).bit_length()), call.to_cut
+    while heads > 1 and rows * chunks * call.G * tiles * -(-R // heads) < 2 * PROGRAMS:
         heads //= 2
     return _Tiled(replace(config, tiles={**config.tiles, "HEADS": heads}), -(-R // heads), tiles)
 
