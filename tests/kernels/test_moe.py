@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemohybrid_kernels.activation import squared_relu as ours
+from nemohybrid_kernels.activation import swiglu
 from nemohybrid_kernels.errors import BackendError
 from nemohybrid_kernels.moe import expert_mlp
 from nemohybrid_kernels.moe.grouped import expert_mlp_grouped
@@ -314,3 +316,19 @@ def test_the_products_are_those_that_can_run_and_are_fast():
     for dtype, widths in ((torch.float32, odd), (torch.float64, wide), (torch.bfloat16, wide)):
         assert products_for(dtype, widths, cpu) is SEGMENTS, f"{dtype}, {widths}"
     assert products_for(torch.bfloat16, wide, gpu) is GROUPED_MM
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [ours, swiglu, gated_silu])
+@pytest.mark.parametrize("absent", [False, True])
+def test_grouped_experts_in_a_graph_equal_the_oracle(activation, dtype, absent, assert_same, results_and_gradients):
+    """Derivatives of the activations that a model offers are formulas there; any other is differentiated."""
+    inputs = moe_inputs(width=16, dtype=dtype, gated=activation is not ours)
+    torch.compiler.reset()
+
+    @partial(torch.compile, fullgraph=True, backend="aot_eager", dynamic=False)
+    def run(**i):
+        return expert_mlp_grouped(**i, activation=activation, absent=absent)
+
+    assert_same(*both(inputs, activation, results_and_gradients, lambda activation, **i: run(**i)), DTYPES[dtype])
