@@ -329,6 +329,13 @@ def test_two_sources_of_training_text_are_refused(complaint):
     assert "not both" in complaint("data.train=somewhere")
 
 
+def test_the_mixer_in_one_of_a_cpu_has_no_parts_of_others_either(complaint, compose):
+    message = complaint("kernels.mixer_backend=cpp", "kernels.ssd_backend=torch", "kernels.norm_backend=triton")
+    assert "kernels.mixer_backend=cpp: is one operator, kernels.ssd_backend=torch and kernels.norm_backend" in message
+    assert "kernels.ssd_backend=auto, cpp" in message
+    compose("kernels.mixer_backend=cpp", "kernels.ssd_backend=cpp")
+
+
 def test_rules_of_absent_layers_are_silent(compose):
     compose('model.pattern="--"', "model.mamba_num_heads=3", "model.num_attention_heads=3", "model.num_query_groups=2")
 

@@ -71,8 +71,9 @@ def mamba2_mixer(
 
     backend: "triton" keeps zxbcdt, y, what is convolved and the states between chunks, and writes the gradient of zxbcdt
     once, in place of five gradients to put together. With `recompute` it keeps the first two and makes the others again in
-    the backward pass, with the same gradients. "torch" is its twin, operator by operator; "auto" takes the first that can
-    run. Differentiable in every floating input. Deterministic. Raises BackendError, ShapeError.
+    the backward pass, with the same gradients. "cpp" is the same for CPUs, and keeps all that it made, whatever `recompute`
+    says. "torch" is their twin, operator by operator; "auto" takes the first that can run. Differentiable in every floating
+    input. Deterministic. Raises BackendError, ShapeError.
     """
     width, shared = zxbcdt.shape[-1] - heads, 2 * groups * state
     inner = (width - shared) // 2

@@ -16,10 +16,10 @@ class KernelsSection(Section):
     """Which implementation of each operator runs; auto: the first that can here, and the log says why."""
 
     mixer_backend: str = _backend(
-        "mixer", "all between the projections of Mamba-2; triton: one operator; separate: one after another"
+        "mixer", "all between the projections of Mamba-2; triton, cpp: one operator; separate: one after another"
     )
     mixer_recompute: bool = option(
-        False, "that one operator makes convolution and states again in its backward pass: less memory, more time"
+        False, "in its backward pass triton's one operator makes convolution and states again: less memory, more time"
     )
     ssd_backend: str = _backend("ssd", "the scan of Mamba-2")
     conv1d_backend: str = _backend("conv1d", "the convolution of Mamba-2")

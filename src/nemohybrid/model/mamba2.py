@@ -104,10 +104,8 @@ class Mamba2(Mixer):
         ranks = context.tensor.size
         self.heads, self.groups, self.inner = heads // ranks, config.mamba_num_groups // ranks, inner // ranks
         self.chunk_size, self.backend = config.chunk_size, "auto"
-        self.mixer_backend = (
-            "auto"  # "triton": all between the projections in one operator; "separate": one after another
-        )
-        self.mixer_recompute = False  # of that one operator
+        self.mixer_backend = "auto"  # "triton" or "cpp": all between the projections in one; "separate": one by one
+        self.mixer_recompute = False  # of that one operator, if it is Triton's
         self.state = config.ssm_state_size
         self.dt_limit = None if config.dt_limit is None else (config.dt_limit[0], config.dt_limit[1])
         convolved = {"x": inner, "B": shared, "C": shared}

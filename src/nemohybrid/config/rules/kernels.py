@@ -20,17 +20,18 @@ def backend_of_capped_scores(now: Situation) -> Violation | None:
 def parts_of_the_fused_mixer(now: Situation) -> Violation | None:
     """One operator has no parts of which one could be another's, and no room for norms between them."""
     kernels, model = now.config.kernels, now.config.model
-    if kernels.mixer_backend != "triton":
+    one = kernels.mixer_backend
+    if one not in ("triton", "cpp"):
         return None
     parts = {f"kernels.{name}": getattr(kernels, name) for name in ("ssd_backend", "conv1d_backend", "norm_backend")}
-    others = {key: value for key, value in parts.items() if value not in ("auto", "triton")}
+    others = {key: value for key, value in parts.items() if value not in ("auto", one)}
     norms = [f"model.{name}" for name in ("mamba_bc_norm", "mamba_x_norm") if getattr(model, name)]
     if not others and not norms:
         return None
     apart = [*(f"{key}={value}" for key, value in others.items()), *(f"{key}=true" for key in norms)]
     legal = (
         {"kernels.mixer_backend": "auto, separate"}
-        | dict.fromkeys(others, "auto, triton")
+        | dict.fromkeys(others, f"auto, {one}")
         | dict.fromkeys(norms, "false")
     )
-    return Violation("kernels.mixer_backend=triton", f"is one operator, {' and '.join(apart)} part it", legal)
+    return Violation(f"kernels.mixer_backend={one}", f"is one operator, {' and '.join(apart)} part it", legal)
