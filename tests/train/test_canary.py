@@ -238,6 +238,24 @@ def test_every_fused_operator_of_a_model_has_a_case_that_its_twin_passes(tiny_mo
         assert with_documents == ({"mamba2_mixer", "ssd_scan", "causal_conv1d", "attention"} if packed else set())
 
 
+def test_a_mixer_that_recomputes_is_compared_recomputing(tiny_model, monkeypatch):
+    asked = []
+
+    def recording(*given: Tensor, recompute: bool, **more) -> Tensor:
+        asked.append(recompute)
+        return mamba2_mixer_torch(*given, **more)
+
+    monkeypatch.setattr(mixer, "_triton", recording)
+    model, names = tiny_model("M"), set()
+    for recompute in (False, True):
+        found = cases(model, mixer_backend="triton", mixer_recompute=recompute, **ALL_TRITON)
+        (case,) = [case for case in found if case.operator == "mamba2_mixer"]
+        check(case, CPU)
+        names.add(case.name)
+    assert asked == [False, True]
+    assert len(names) == 2, "who passed one has not passed the other"
+
+
 def test_on_a_gpu_the_kernels_of_pytorch_are_compared_too(tiny_model):
     model = tiny_model("*E", moe_top_k=2)
     assert not cases(model)

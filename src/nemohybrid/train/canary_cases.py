@@ -192,10 +192,11 @@ def mixer_case(layer: Mamba2, calls: Calls) -> Case:
 
     def run(conv_bias: Tensor | None = None, **given: Any) -> Tensor:
         how = {"group_size": layer.norm.group_size, "eps": layer.norm.epsilon, "dt_limit": layer.dt_limit}
-        how |= {"heads": H, "groups": G, "state": N, "chunk_size": layer.chunk_size}
+        how |= {"heads": H, "groups": G, "state": N, "chunk_size": layer.chunk_size, "recompute": layer.mixer_recompute}
         return mamba2_mixer(conv_bias=conv_bias, **given, **how)
 
-    sizes = f"{H} heads of {inner // H}, {G} groups, state {N}, {taps} taps"
+    again = ", recomputing" if layer.mixer_recompute else ""
+    sizes = f"{H} heads of {inner // H}, {G} groups, state {N}, {taps} taps{again}"
     backend = layer.fused_backend(torch.empty(0, dtype=calls.dtype, device=calls.device)) or "torch"
     return _cut_as_trained(_made("mamba2_mixer", backend, sizes, calls, inputs, run), calls)
 
