@@ -87,6 +87,15 @@ def test_what_is_chosen_by_name_is_what_is_counted():
     assert ours[loss] < plain[loss] / 2
 
 
+@pytest.mark.parametrize(
+    "backend, masked", [("sdpa", True), ("cudnn", True), ("torch", True), ("flash2", False), ("flex", False)]
+)
+def test_on_a_gpu_documents_are_a_mask_where_the_attention_asked_for_knows_them_no_other_way(backend, masked):
+    asked = f"kernels.attention_backend={backend}"
+    config = configured("model=tiny", "data.reset_documents=true", asked)
+    assert ("document mask" in memory.estimate(config, 1, device="cuda").activations) == masked
+
+
 def test_on_a_gpu_the_first_advice_costs_nothing_but_some_time():
     config = configured("model=tiny", "train.global_batch=64")
     assert "in this order: kernels.mixer_recompute=true, train.microbatch=1" in memory.advice(config, "cuda")
