@@ -12,14 +12,15 @@ from nemohybrid_kernels.cpp import obstacle as cpp_obstacle
 from nemohybrid_kernels.cpp import reluctance as cpp_reluctance
 from nemohybrid_kernels.errors import ShapeError
 from nemohybrid_kernels.mixer.reference import mamba2_mixer_torch
+from nemohybrid_kernels.norm import gated_backends
 from nemohybrid_kernels.ssd import width_obstacle
 
 
-def backends(dtype: torch.dtype, P: int = 64, N: int = 128) -> dict[str, Backend]:
-    """Implementations for inputs of `dtype`, head dimension P and state N, the fastest first."""
+def backends(dtype: torch.dtype, P: int = 64, N: int = 128, group_size: int = 1) -> dict[str, Backend]:
+    """Implementations for inputs of `dtype`, head dimension P, state N and norms by `group_size`, the fastest first."""
 
     def obstacle(device: torch.device) -> str | None:
-        return width_obstacle(P, N) or launching.obstacle(device, dtype)
+        return width_obstacle(P, N) or gated_backends(dtype, group_size)["triton"].obstacle(device)
 
     return {
         "triton": Backend(_triton, obstacle, launching.reluctance),
@@ -88,7 +89,8 @@ def mamba2_mixer(
         check_shape(name, tensor, H=heads)
     check_shape("norm_weight", norm_weight, I=inner)
     check_shape("document_ids", document_ids, B=zxbcdt.shape[0], L=zxbcdt.shape[1])
-    chosen = decide("mamba2_mixer", backend, backends(zxbcdt.dtype, inner // heads, state), zxbcdt.device)
+    possible = backends(zxbcdt.dtype, inner // heads, state, group_size)
+    chosen = decide("mamba2_mixer", backend, possible, zxbcdt.device)
     keeping = {"recompute": recompute} if chosen.backend == "triton" else {}
     return chosen.run(
         zxbcdt,

@@ -110,7 +110,7 @@ def _bind_mixer(layer: Mamba2, section: KernelsSection, calls: Calls) -> Choice:
     """The layer itself says whether all its parts may be one operator."""
     layer.mixer_backend, layer.mixer_recompute = section.mixer_backend, section.mixer_recompute
     wanted = section.mixer_backend
-    backends = mixer.backends(calls.dtype, *_scan_sizes(layer))
+    backends = mixer.backends(calls.dtype, *_scan_sizes(layer), layer.norm.group_size)
     if wanted == "separate":
         return Choice("mamba2_mixer", wanted, layer.forward, "asked for")
     possible = _decided(Slot("mamba2_mixer", "mixer_backend", backends), wanted, calls.device)

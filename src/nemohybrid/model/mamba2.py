@@ -164,7 +164,7 @@ class Mamba2(Mixer):
         extras = self.x_norm or self.B_norm or self.C_norm
         if self.mixer_backend == "separate" or extras is not None or not parts <= {"auto", "triton", "cpp"}:
             return None
-        backends = mixer_backends(like.dtype, self.inner // self.heads, self.state)
+        backends = mixer_backends(like.dtype, self.inner // self.heads, self.state, self.norm.group_size)
         backend = decide("mamba2_mixer", self.mixer_backend, backends, like.device).backend
         return None if backend == "torch" else backend
 

@@ -31,7 +31,7 @@ def bind_as_on(model: HybridModel, section: KernelsSection, device: str) -> None
             module.backend = "grouped" if loop else chosen  # pyright: ignore[reportArgumentType]
         if isinstance(module, Mamba2):
             width = module.inner // module.heads
-            fused = mixer.backends(model.dtype, width, module.state)["triton"]
+            fused = mixer.backends(model.dtype, width, module.state, module.norm.group_size)["triton"]
             module.mixer_backend = _on_gpu(section.mixer_backend, fused)
             module.mixer_recompute = section.mixer_recompute
 
