@@ -24,6 +24,7 @@ from nemohybrid_kernels.shipped import TOLERATED
 ROOT = Path(__file__).parents[2]
 COMPILE = ROOT / "scripts" / "bench" / "compile_kernels.py"
 PLANTED = ROOT / "tests" / "support" / "planted_kernels.py"
+WIDE = ROOT / "tests" / "support" / "wide_offsets.py"
 
 
 def run(*command, **environment):
@@ -113,6 +114,14 @@ def test_every_configuration_of_the_table_is_reached_by_a_shipped_case(architect
     table = launching.table()[f"sm_{architecture}"]
     listed = {(kernel, place) for kernel, entries in table.items() for place in range(len(entries))}
     assert listed == reached, "a configuration that no case of nemohybrid_kernels/calls.py leads to"
+
+
+def test_offsets_into_long_rows_are_multiplied_in_64_bits():
+    done = run(WIDE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 6
+    assert not {kernel: names for kernel, names in found.items() if names}
 
 
 @pytest.mark.parametrize("name", ["sound on 80", "sound on 90", "sound on 100"])

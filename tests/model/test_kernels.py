@@ -195,7 +195,7 @@ def test_the_widths_of_experts_count_when_their_backend_is_chosen(tiny_model, mo
 def test_all_of_a_mixer_in_one_is_refused_where_its_norm_is_too_wide(tiny_model):
     """Else its parts would run, one of them in PyTorch, and the log would say that nobody asked."""
     model = tiny_model("M", mamba_num_heads=130, mamba_head_dim=64, mamba_num_groups=1, ssm_state_size=16)
-    with pytest.raises(ConfigError, match=r"kernels.mixer_backend=triton: .* norm up to 8192 channels together, not 8320"):
+    with pytest.raises(ConfigError, match=r"mixer_backend=triton: .* norm up to 8192 channels together, not 8320"):
         bound(model, mixer_backend="triton")
     assert any("mamba2_mixer: separate (auto; not triton" in line for line in bound(model))
 

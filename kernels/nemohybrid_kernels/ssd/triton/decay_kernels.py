@@ -101,8 +101,9 @@ def ssd_decays(
 def _sum_of_parts(parts, count, stride, at, mask):
     """Partial sums that several programs left, added in their order."""
     total = tl.load(parts + at, mask=mask, other=0.0)
-    for part in range(1, count):
-        total += tl.load(parts + part * stride + at, mask=mask, other=0.0)
+    for _ in range(1, count):
+        parts += stride
+        total += tl.load(parts + at, mask=mask, other=0.0)
     return total
 
 
@@ -158,8 +159,10 @@ def ssd_decays_backward(
     here = tl.zeros((CHUNK, HEADS), tl.float32)
     lost_q = tl.zeros((CHUNK, HEADS), tl.float32)
     for part in range(0, CHUNK // tile):
-        here += tl.load(gained + part * part_stride + at, mask=mask & (q // tile >= part)[:, None], other=0.0)
-        lost_q += tl.load(lost + part * part_stride + at, mask=mask & (q // tile <= part)[:, None], other=0.0)
+        here += tl.load(gained + at, mask=mask & (q // tile >= part)[:, None], other=0.0)
+        lost_q += tl.load(lost + at, mask=mask & (q // tile <= part)[:, None], other=0.0)
+        gained += part_stride  # added, since the product with `part` can leave 32 bits
+        lost += part_stride
     steps = tl.load(dt + at, mask=mask, other=0.0)
     here += _sum_of_parts(entered, entered_parts, part_stride, at, mask) - lost_q * steps
     left_q = tl.load(left + at, mask=mask, other=0.0)

@@ -105,8 +105,8 @@ def ssd_pair_gradients(
         d_weights = d_weights * tl.exp2(tl.minimum(decay_i[None, :] - decay_j[:, None], 0.0))
         d_CB += d_weights * dt_j[:, None]
         d_between = d_weights * CB
-        tl.store(lost + tile_i * part_stride + vectors + j, tl.sum(d_between, axis=1))
-        tl.store(gained + tile_j * part_stride + vectors + i, tl.sum(d_between * dt_j[:, None], axis=0))
+        tl.store(lost + tile_i.to(tl.int64) * part_stride + vectors + j, tl.sum(d_between, axis=1))
+        tl.store(gained + tile_j.to(tl.int64) * part_stride + vectors + i, tl.sum(d_between * dt_j[:, None], axis=0))
 
     dCB_base = dCB + (((b * chunks + chunk) * groups + g) * blocks + block) * (CHUNK * CHUNK)
     tl.store(dCB_base + j[:, None] * CHUNK + i[None, :], tl.where(seen, d_CB, 0.0).to(dCB.dtype.element_ty))
@@ -184,7 +184,7 @@ def ssd_group_gradients(
         part = dot(x_mP, tl.trans(S_NP), tl.zeros((ROWS, BLOCK_N), tl.float32)) * factor[:, None]
         total += part
         if C is not None:
-            tl.store(entered + tile_n * entered_stride + vectors + m, tl.sum(part * C_mN, axis=1))
+            tl.store(entered + tile_n.to(tl.int64) * entered_stride + vectors + m, tl.sum(part * C_mN, axis=1))
 
     other_base = other + b * other_stride_b + start * other_stride_l + g * other_stride_g
     other_kN = tl.load(

@@ -83,7 +83,7 @@ def ssd_states(
             if forward_states is not None:
                 other = tl.load(forward_states + base + at, mask=tile_mask, other=0.0).to(tl.float32)
                 product = tl.sum(tl.sum(state * other, axis=1), axis=0) * decay
-                tl.store(passed + tile * passed_stride + (b * H + h) * chunks + chunk, product)
+                tl.store(passed + tile.to(tl.int64) * passed_stride + (b * H + h) * chunks + chunk, product)
         factor = tl.load(weight + vectors + chunk * CHUNK + q)
         if dt is not None:
             factor *= tl.load(dt + vectors + chunk * CHUNK + q)
