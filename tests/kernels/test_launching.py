@@ -140,3 +140,13 @@ def test_a_gpu_takes_the_column_of_its_generation_and_an_unknown_one_the_smalles
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert launching.architecture(torch.device("cuda")) == column
+
+
+def test_a_grid_of_nothing_starts_nothing():
+    """CUDA refuses it, and the interpreter does not mind."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            raise AssertionError(f"started over {grid}")
+
+    launch(Kernel(), (4, 0), Config({}, warps=4, stages=1), x=torch.empty(0))
