@@ -24,7 +24,7 @@ from nemohybrid_kernels.shipped import TOLERATED
 ROOT = Path(__file__).parents[2]
 COMPILE = ROOT / "scripts" / "bench" / "compile_kernels.py"
 PLANTED = ROOT / "tests" / "support" / "planted_kernels.py"
-WIDE = ROOT / "tests" / "support" / "wide_offsets.py"
+ON_GPUS = ROOT / "tests" / "support" / "gpu_code.py"
 
 
 def run(*command, **environment):
@@ -116,12 +116,23 @@ def test_every_configuration_of_the_table_is_reached_by_a_shipped_case(architect
     assert listed == reached, "a configuration that no case of nemohybrid_kernels/calls.py leads to"
 
 
-def test_offsets_into_long_rows_are_multiplied_in_64_bits():
-    done = run(WIDE)
+@pytest.fixture(scope="module")
+def on_gpus():
+    done = run(ON_GPUS)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_offsets_into_long_rows_are_multiplied_in_64_bits(on_gpus):
+    found = on_gpus["narrow"]
     assert len(found) == 6
     assert not {kernel: names for kernel, names in found.items() if names}
+
+
+def test_a_limit_of_time_steps_hides_nothing_that_is_no_number(on_gpus):
+    """The minimum of a number and NaN is NaN in the interpreter, and the number on a GPU."""
+    without_limit, with_limit = on_gpus["extremes"]
+    assert with_limit == without_limit
 
 
 @pytest.mark.parametrize("name", ["sound on 80", "sound on 90", "sound on 100"])

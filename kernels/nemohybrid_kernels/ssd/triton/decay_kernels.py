@@ -16,8 +16,9 @@ def _time_steps(raw, at, inside, bias, SOFTPLUS: tl.constexpr, LOW: tl.constexpr
     dt = tl.load(raw + at, mask=inside, other=0.0).to(tl.float32) + bias
     if SOFTPLUS:
         dt = softplus(dt)
-    if LOW is not None:
-        dt = tl.minimum(tl.maximum(dt, LOW), HIGH)
+    if LOW is not None:  # on a GPU, minimum and maximum would make a number of what is none
+        dt = tl.where(dt < LOW, LOW, dt)
+        dt = tl.where(dt > HIGH, HIGH, dt)
     return tl.where(inside, dt, 0.0)
 
 

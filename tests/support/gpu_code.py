@@ -1,7 +1,8 @@
-"""Where kernels of the scan multiply large numbers in 32 bits. Run as a program, it prints as JSON what was found.
+"""What kernels of the scan do on a GPU and not in the interpreter. Run as a program, it prints as JSON what was found.
 
-In rows so long, and so many, that a few times a stride leaves 32 bits though the stride itself does not. Nothing runs: the
-code that Triton makes of each launch is read.
+Products of large numbers in 32 bits: in rows so long, and so many, that a few times a stride leaves 32 bits though the stride
+itself does not. Minima and maxima, which drop NaN, with a limit of time steps and without. Nothing runs: the code that Triton
+makes of each launch is read.
 """
 
 import json
@@ -15,6 +16,7 @@ from triton.runtime import JITFunction
 from nemohybrid_kernels import ahead_of_time
 from nemohybrid_kernels.launching import Launch, compiler_options, recording
 from nemohybrid_kernels.ssd.triton import Call, backward, forward
+from nemohybrid_kernels.ssd.triton.launch import decays_of
 
 BATCH, L, H, P, G, N = 32, 80_000, 128, 16, 8, 256
 FROM = 2**24
@@ -54,7 +56,18 @@ def narrow_products(launch: Launch) -> list[str]:
     return [name for pair in PRODUCT.findall(code(launch)) for name in pair if name in large or name == "stride"]
 
 
+def extremes_of_decays(limit: tuple[float, float] | None) -> int:
+    x, of_heads = torch.empty(1, 64, 2, 16, device="meta"), torch.empty(2, device="meta")
+    call = Call(x, x[..., 0], of_heads, x, x, bias=of_heads, softplus=True, limit=limit)
+    with recording(90) as found:
+        decays_of(call)
+    return len(re.findall(r"arith\.(?:max|min)numf", code(found[0])))
+
+
 if __name__ == "__main__":
-    found = {launch.kernel.__name__: narrow_products(launch) for launch in launches()}
     assert all(isinstance(launch.kernel, JITFunction) for launch in launches())
+    found = {
+        "narrow": {launch.kernel.__name__: narrow_products(launch) for launch in launches()},
+        "extremes": [extremes_of_decays(None), extremes_of_decays((0.001, 0.1))],
+    }
     print(json.dumps(found))
