@@ -183,6 +183,7 @@ CASES = [
         recomputed=Mixer(recompute=True),
         packed=Mixer(packed=True),
         one_of_8_ranks=Mixer(heads=16, groups=1),
+        one_group=Mixer(groups=1),
         state_64=Mixer(state=64),
         state_256=Mixer(state=256),
         fp32=Mixer(dtype=FP32),
