@@ -38,6 +38,6 @@ class Documents:
     @lazy
     def blocks(self) -> Any:
         """The `BlockMask` of FlexAttention."""
-        from nemohybrid_kernels.attention.flex import block_mask
+        from nemohybrid_kernels.attention.blocks import block_mask
 
         return block_mask(self.starts)

@@ -17,7 +17,7 @@ from nemohybrid.model.moe.layer import Experts, MoE
 from nemohybrid.model.norm import GatedRMSNorm, RMSNorm
 from nemohybrid_kernels.activation import is_squared_relu, squared_relu
 from nemohybrid_kernels.attention import Documents, attention
-from nemohybrid_kernels.attention.flex import BLOCK
+from nemohybrid_kernels.attention.blocks import BLOCK
 from nemohybrid_kernels.canary import Case, Tensors
 from nemohybrid_kernels.conv1d import causal_conv1d
 from nemohybrid_kernels.cross_entropy import linear_cross_entropy
