@@ -25,7 +25,7 @@ from nemohybrid.train.canary_cases import Calls, cases_of
 from nemohybrid.train.run import run
 from nemohybrid_kernels import activation, conv1d, launching, mixer, norm, packages, ssd
 from nemohybrid_kernels import canary as kernel_canary
-from nemohybrid_kernels.attention import flex
+from nemohybrid_kernels.attention import blocks, flex
 from nemohybrid_kernels.backend import Backend
 from nemohybrid_kernels.canary import check
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
@@ -288,7 +288,7 @@ def flex_by_definition(q, k, v, *, score_mod, block_mask, scale, enable_gqa, ker
     for counts, indices, mask in (cut, whole):
         for b, _, i in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
             for j in indices[b, 0, i, : counts[b, 0, i]].tolist():
-                at, seen = (slice(block * flex.BLOCK, (block + 1) * flex.BLOCK) for block in (i, j))
+                at, seen = (slice(block * blocks.BLOCK, (block + 1) * blocks.BLOCK) for block in (i, j))
                 see[b, 0, at, seen] = mask(b, 0, torch.arange(L)[at, None], torch.arange(L)[seen])
     k, v = (heads.repeat_interleave(H // heads.shape[1], 1) for heads in (k, v))
     scores = q @ k.mT * (scale or P**-0.5)
@@ -324,10 +324,10 @@ def test_flexattention_is_compared_over_blocks_of_each_kind(flex_case, packed, s
     assert case.backend == "flex"
     inputs = case.inputs()
     assert inputs["q"].shape[1] == length
-    assert (length % flex.BLOCK == 0) == (row % flex.BLOCK == 0)
+    assert (length % blocks.BLOCK == 0) == (row % blocks.BLOCK == 0)
     if packed:
-        blocks = flex.block_mask(document_starts(inputs["document_ids"]))
-        cut, whole = blocks.kv_num_blocks.sum(), blocks.full_kv_num_blocks.sum()
+        listed = blocks.block_mask(document_starts(inputs["document_ids"]))
+        cut, whole = listed.kv_num_blocks.sum(), listed.full_kv_num_blocks.sum()
         assert cut > 0
         assert whole > 0
         assert cut + whole < 2 * 6, "none of the pairs of blocks is skipped"
@@ -335,8 +335,8 @@ def test_flexattention_is_compared_over_blocks_of_each_kind(flex_case, packed, s
 
 
 def test_flexattention_that_forgets_documents_is_found(flex_case, monkeypatch):
-    case, right = flex_case(True, None, 4096), flex.block_mask
-    monkeypatch.setattr(flex, "block_mask", lambda starts: right(torch.zeros_like(starts)))
+    case, right = flex_case(True, None, 4096), blocks.block_mask
+    monkeypatch.setattr(blocks, "block_mask", lambda starts: right(torch.zeros_like(starts)))
     with pytest.raises(kernel_canary.KernelMismatch, match=r"attention flex: .* output is off by"):
         check(case, CPU)
 
