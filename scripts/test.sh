@@ -16,6 +16,23 @@ stage() {
   "$@" || { verdict=FAILED && failed+=("$name"); }
   echo "== $name: $verdict after $((SECONDS - began)) s"
 }
+# What only reads the code runs beside the tests, on the second core; its output waits until they are done.
+begin() {
+  local name=$1
+  shift
+  "$@" >"$logs/$name" 2>&1 &
+  beside+=("$name=$!")
+}
+finish() {
+  local entry
+  for entry in "${beside[@]}"; do stage "${entry%%=*}" report_of "${entry%%=*}" "${entry##*=}"; done
+}
+report_of() {
+  local status=0
+  wait "$2" || status=$?
+  cat "$logs/$1"
+  return "$status"
+}
 check_shell_syntax() {
   local script
   for script in scripts/*.sh; do bash -n "$script" || return 1; done
@@ -24,14 +41,15 @@ check_shell_syntax() {
 stage "ruff check" ruff check
 stage "ruff format" ruff format --check
 stage "import contract" lint-imports
-stage "types" pyright
 stage "shell syntax" check_shell_syntax
-stage "docs" sphinx-build -W -q -b html docs docs/_build/html
 
-report=$(mktemp)
-trap 'rm -f "$report"' EXIT
+report=$(mktemp) logs=$(mktemp -d) beside=()
+trap 'rm -rf "$report" "$logs"' EXIT
+begin "types" pyright
+begin "docs" sphinx-build -W -q -b html docs docs/_build/html
 # xunit1 is the form of the report that names the file of each test.
 stage "tests" python -m pytest --junit-xml="$report" -o junit_family=xunit1 "$@"
+finish
 
 for name in ${failed[@]+"${failed[@]}"}; do echo "FAILED: $name"; done
 python scripts/check_skips.py "$report" tests/allowed_skips.txt || failed+=("skips")
