@@ -24,6 +24,7 @@ def expert_mlp(
     activation: Callable[[Tensor], Tensor],
     backend: str = "auto",
     absent: bool = False,
+    multiply: products.Pair | None = None,
 ) -> Tensor:
     """Dropless experts: y_t = sum_k down[e] (w activation(up[e] x_t)), e = expert_ids[t, k], w = expert_weights[t, k].
 
@@ -41,6 +42,8 @@ def expert_mlp(
     widths that are multiples of 8, Hopper or later); "triton" is the same with kernels of ours between the products, one
     of which is the activation if that is `nemohybrid_kernels.activation.squared_relu`; "torch" is their twin, a loop in
     plain autograd. Raises BackendError, ShapeError.
+
+    multiply: products of the caller's own with each matrix, with which "triton" and "grouped" compute; "torch" has none.
     """
     (T, D), (E, _, F) = x.shape, down.shape
     check_shape("expert_weights", expert_weights, T=T, K=expert_ids.shape[-1])
@@ -48,16 +51,20 @@ def expert_mlp(
     check_shape("up", up, E=E, F=up.shape[1], D=D)
     check_shape("down", down, E=E, D=D, F=F)
 
-    possible = backends(x.dtype, D, up.shape[1], F)
+    possible = backends(x.dtype, D, up.shape[1], F, given=multiply is not None)
+    how: dict[str, Any] = {"activation": activation, "absent": absent}
+    if multiply is not None:
+        possible = {name: possible[name] for name in possible if name != "torch"}
+        how["products"] = multiply
     run = choose("expert_mlp", backend, possible, x.device)
-    return run(x, expert_ids, expert_weights, up, down, activation=activation, absent=absent)
+    return run(x, expert_ids, expert_weights, up, down, **how)
 
 
-def backends(dtype: torch.dtype, *widths: int) -> dict[str, Backend]:
-    """Implementations for rows of `dtype` and matrices of these `widths`, the fastest first."""
+def backends(dtype: torch.dtype, *widths: int, given: bool = False) -> dict[str, Backend]:
+    """Implementations for rows of `dtype` and matrices of these `widths`, the fastest first. given: products are."""
 
     def obstacle(device: torch.device) -> str | None:
-        return products.obstacle(dtype, widths, device) if device.type == "cuda" else None
+        return products.obstacle(dtype, widths, device) if device.type == "cuda" and not given else None
 
     return {
         "triton": Backend(_triton, lambda device: launching.obstacle(device, dtype), launching.reluctance),

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from nemohybrid_kernels.moe.activation import Activation
 from nemohybrid_kernels.moe.passes import TORCH, Passes
-from nemohybrid_kernels.moe.products import Products, products_for
+from nemohybrid_kernels.moe.products import Pair, Products, products_for
 from nemohybrid_kernels.moe.visits import Visits, sort_by_expert
 
 # T tokens, D hidden, K experts of a token, n = T*K visits, E experts, F width of an expert
@@ -22,13 +22,13 @@ def expert_mlp_grouped(
     down: Tensor,
     *,
     activation: Activation,
-    products: Products | None = None,
+    products: Products | Pair | None = None,
     absent: bool = False,
     passes: Passes = TORCH,
 ) -> Tensor:
     """Arguments and result as in `nemohybrid_kernels.moe.expert_mlp`; twin: `reference.expert_mlp_torch`.
 
-    `products` None: what `products_for` finds; on GPUs nothing then waits for the host.
+    `products` None: what `products_for` finds; on GPUs nothing then waits for the host. A `Pair` has others for each matrix.
 
     Kept for the backward pass besides the arguments: what `up` returned, [n, F] (2F when gated), and the order of the
     visits. Sorted rows, activation and casts of the matrices are made again; nothing of the experts' outputs is kept,
@@ -37,7 +37,8 @@ def expert_mlp_grouped(
     if products is None:
         products = products_for(x.dtype, (x.shape[1], up.shape[1], down.shape[2]), x.device)
     visits = sort_by_expert(expert_ids, len(up), absent)
-    return _Experts.apply(x, expert_weights, up, down, visits, activation, products, passes)  # pyright: ignore[reportReturnType]
+    pair = products if isinstance(products, Pair) else Pair(products, products)
+    return _Experts.apply(x, expert_weights, up, down, visits, activation, pair, passes)  # pyright: ignore[reportReturnType]
 
 
 class _Experts(torch.autograd.Function):
@@ -50,14 +51,14 @@ class _Experts(torch.autograd.Function):
         down: Tensor,
         visits: Visits,
         activation: Activation,
-        products: Products,
+        products: Pair,
         passes: Passes,
     ) -> Tensor:
-        up_out = products.rows(passes.permute(x, visits), up.to(x.dtype).mT, visits)
+        up_out = products.up.rows(passes.permute(x, visits), up.to(x.dtype).mT, visits)
         hidden = passes.activate(up_out, weights_TK, visits, activation, down.shape[2])
         ctx.save_for_backward(x, weights_TK, up, down, up_out, visits.order, visits.place, visits.ends)
         ctx.activation, ctx.products, ctx.passes, ctx.absent = activation, products, passes, visits.absent
-        return passes.unpermute(products.rows(hidden, down.to(x.dtype).mT, visits), visits)
+        return passes.unpermute(products.down.rows(hidden, down.to(x.dtype).mT, visits), visits)
 
     @staticmethod
     @once_differentiable
@@ -66,10 +67,10 @@ class _Experts(torch.autograd.Function):
         visits, products = Visits(order, place, ends, weights_TK.shape[1], ctx.absent), ctx.products
         passes, activation = ctx.passes, ctx.activation
         d_out = passes.permute(grads[0], visits)
-        hidden = products.rows(d_out, down.to(x.dtype), visits)  # its gradient, until the next line
+        hidden = products.down.gradients(d_out, down.to(x.dtype), visits)  # its gradient, until the next line
         d_up_out, d_weights = passes.activate_backward(up_out, weights_TK, hidden, visits, activation)
-        d_down = products.matrices(d_out, hidden, visits).to(down.dtype)
+        d_down = products.down.matrices(d_out, hidden, visits).to(down.dtype)
         del d_out, hidden  # here a step needs most memory
-        d_up = products.matrices(d_up_out, passes.permute(x, visits), visits).to(up.dtype)
-        d_x = passes.unpermute(products.rows(d_up_out, up.to(x.dtype), visits), visits)
+        d_up = products.up.matrices(d_up_out, passes.permute(x, visits), visits).to(up.dtype)
+        d_x = passes.unpermute(products.up.gradients(d_up_out, up.to(x.dtype), visits), visits)
         return d_x, d_weights, d_up, d_down, None, None, None, None

@@ -20,6 +20,19 @@ class Products(NamedTuple):
     """rows [n, I], matrices [E, I, O] -> [n, O]: every row times the matrix of its expert. Rows of nobody: anything."""
     matrices: Callable[[Tensor, Tensor, Visits], Tensor]
     """left [n, O], right [n, I] -> [E, O, I]: left^T right over the rows of each expert; zero where it has none."""
+    back: Callable[[Tensor, Tensor, Visits], Tensor] | None = None
+    """As `rows`, for gradients of rows: where these are multiplied otherwise than rows."""
+
+    def gradients(self, rows: Tensor, matrices: Tensor, visits: Visits) -> Tensor:
+        """`back`, or `rows`."""
+        return (self.back or self.rows)(rows, matrices, visits)
+
+
+class Pair(NamedTuple):
+    """The products with each of an expert's two matrices."""
+
+    up: Products
+    down: Products
 
 
 def _rows_grouped(rows: Tensor, matrices: Tensor, visits: Visits) -> Tensor:

@@ -15,7 +15,7 @@ from nemohybrid_kernels.moe import passes, products, triton_kernels
 from nemohybrid_kernels.moe.activation import Activation
 from nemohybrid_kernels.moe.grouped import expert_mlp_grouped
 from nemohybrid_kernels.moe.passes import Passes
-from nemohybrid_kernels.moe.products import SEGMENTS, Products
+from nemohybrid_kernels.moe.products import SEGMENTS, Pair, Products
 from nemohybrid_kernels.moe.visits import Visits
 
 
@@ -27,7 +27,7 @@ def expert_mlp_triton(
     down: Tensor,
     *,
     activation: Activation,
-    products: Products | None = None,
+    products: Products | Pair | None = None,
     absent: bool = False,
 ) -> Tensor:
     """Arguments and result as in `nemohybrid_kernels.moe.expert_mlp`; twin: `reference.expert_mlp_torch`.

@@ -6,6 +6,7 @@ Both operands of a product are transformed along the dimension that is summed ov
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SIZE = 16
@@ -26,3 +27,9 @@ def hadamard(x: Tensor) -> Tensor:
     """x [..., K], K a multiple of 16 -> each 16 neighbours transformed, in x's type; computed in fp32."""
     blocks = x.unflatten(-1, (-1, SIZE)).to(torch.float32)
     return (blocks @ _matrix(x.device)).flatten(-2).to(x.dtype)
+
+
+def filled_up(x: Tensor) -> Tensor:
+    """x [M, K] -> [M, K up to a multiple of 16], with zeros: the transform spreads over them, and they must stay."""
+    short = -x.shape[-1] % SIZE
+    return F.pad(x, (0, short)) if short else x

@@ -58,8 +58,8 @@ class Quantized:
         if not self.columns:
             return self.values * scale
         rows = 1 if len(scale) == len(self.values) else self.rows
-        scaled = _spread(self.values, rows, self.columns) * scale[:, None, :, None]
-        return _gathered(scaled, self.values.shape)
+        scaled = in_blocks(self.values, rows, self.columns) * scale[:, None, :, None]
+        return whole(scaled, self.values.shape)
 
 
 def quantize_fp8_current(
@@ -67,7 +67,7 @@ def quantize_fp8_current(
 ) -> Quantized:
     """One scale for the tensor, from its present largest number. amax [1]: that of a tensor of which x is a part."""
     amax = largest(x) if amax is None else amax
-    scale = _scale_to(amax, FORMATS[fmt], x.dtype, power_of_2)
+    scale = scale_to(amax, FORMATS[fmt], x.dtype, power_of_2)
     return _by_scale(x, scale, FORMATS[fmt])
 
 
@@ -82,18 +82,18 @@ def _by_scale(x: Tensor, scale: Tensor, fmt: Format) -> Quantized:
 
 def quantize_fp8_block(x: Tensor, fmt: str = "e4m3", rows: int = 1, power_of_2: bool = True) -> Quantized:
     """A scale for each block of `rows` (1 or 128) x 128."""
-    blocks = _spread(x.to(torch.float32), rows, 128)
-    scale = _scale_to(_largest_of(blocks), FORMATS[fmt], x.dtype, power_of_2)
-    values = _gathered(FORMATS[fmt].nearest(blocks * scale), x.shape)
+    blocks = in_blocks(x.to(torch.float32), rows, 128)
+    scale = scale_to(largest_of(blocks), FORMATS[fmt], x.dtype, power_of_2)
+    values = whole(FORMATS[fmt].nearest(blocks * scale), x.shape)
     return Quantized(values, scale.reciprocal().squeeze(3).squeeze(1), rows, 128)
 
 
 def quantize_mxfp8(x: Tensor, two_d: bool = False, fmt: str = "e4m3") -> Quantized:
     """A power of two for each 1 x 32, or 32 x 32, rounded up so that nothing overflows."""
     rows = 32 if two_d else 1
-    blocks = _spread(x.to(torch.float32), rows, 32)
-    byte = exponent_rounded_up(_largest_of(blocks) * (1 / FORMATS[fmt].max))
-    values = _gathered(FORMATS[fmt].nearest(torch.ldexp(blocks, 127 - byte.to(torch.int32))), x.shape)
+    blocks = in_blocks(x.to(torch.float32), rows, 32)
+    byte = exponent_rounded_up(largest_of(blocks) * (1 / FORMATS[fmt].max))
+    values = whole(FORMATS[fmt].nearest(torch.ldexp(blocks, 127 - byte.to(torch.int32))), x.shape)
     return Quantized(values, _a_row(byte, rows, len(x)), rows, 32)
 
 
@@ -113,11 +113,11 @@ def quantize_nvfp4(
     rows = 16 if block == "16x16" else 1
     x = (transformed(x) if hadamard else x).to(torch.float32)
     amax = largest(x) if amax is None else amax
-    whole = _quotient(NVFP4_MAX, amax).clamp(max=FP32_MAX).masked_fill(amax == 0, 1.0)
-    blocks = _spread(x, rows, 16)
-    scale = E4M3.nearest(_largest_of(blocks) * (whole * (1 / 6)))
-    encode = (scale * whole.reciprocal()).reciprocal().clamp(max=FP32_MAX)
-    numbers = _gathered((blocks * encode).clamp(-E2M1.max, E2M1.max), x.shape)
+    factor = _quotient(NVFP4_MAX, amax).clamp(max=FP32_MAX).masked_fill(amax == 0, 1.0)
+    blocks = in_blocks(x, rows, 16)
+    scale = E4M3.nearest(largest_of(blocks) * (factor * (1 / 6)))
+    encode = (scale * factor.reciprocal()).reciprocal().clamp(max=FP32_MAX)
+    numbers = whole((blocks * encode).clamp(-E2M1.max, E2M1.max), x.shape)
     values = E2M1.nearest(numbers) if random is None else stochastic_e2m1(numbers, random)
     return Quantized(values, _a_row(scale, rows, len(x)), rows, 16, amax)
 
@@ -127,7 +127,7 @@ def largest(x: Tensor) -> Tensor:
     return x.abs().amax().to(torch.float32).view(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
 
 
-def _scale_to(amax: Tensor, fmt: Format, dtype: torch.dtype, power_of_2: bool) -> Tensor:
+def scale_to(amax: Tensor, fmt: Format, dtype: torch.dtype, power_of_2: bool = False) -> Tensor:
     """What takes amax to the format's largest number, in fp32; 1 where there is no such factor."""
     scale = _quotient(fmt.max, amax)
     scale = scale.masked_fill(scale == math.inf, torch.finfo(dtype).max)
@@ -140,7 +140,7 @@ def _quotient(number: float, by: Tensor) -> Tensor:
     return torch.div(torch.tensor(number, dtype=torch.float32, device=by.device), by)
 
 
-def _spread(x: Tensor, rows: int, columns: int) -> Tensor:
+def in_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
     """[R, K] -> [R / rows, rows, K / columns, columns], with zeros up to whole blocks: they change no maximum."""
     R, K = x.shape
     if R % rows or K % columns:
@@ -148,12 +148,12 @@ def _spread(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
 
 
-def _gathered(blocks: Tensor, shape: torch.Size) -> Tensor:
+def whole(blocks: Tensor, shape: torch.Size) -> Tensor:
     """The inverse."""
     return blocks.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
 
 
-def _largest_of(blocks: Tensor) -> Tensor:
+def largest_of(blocks: Tensor) -> Tensor:
     """[.., 1, .., 1]."""
     return blocks.abs().amax((1, 3), keepdim=True)
 

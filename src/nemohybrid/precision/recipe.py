@@ -7,7 +7,7 @@ over: x and W along the inputs for y, dy and W along the outputs for dx, dy and 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Scaling = Literal["none", "current", "delayed", "block", "mx", "nvfp4", "mor"]
+Scaling = Literal["none", "current", "delayed", "block", "mx", "nvfp4", "mor", "mor_block"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Operand:
 
     scaling: none, in the layer's own type; current, one scale a tensor from its present largest number; delayed, from
     those of steps before; block, one for 128; mx, a power of two for 32; nvfp4, E4M3 for 16 and one for the tensor; mor, E4M3
-    where it is near enough and bf16 elsewhere. square: blocks are as many rows as columns, and the transpose has the same
-    numbers. hadamard, stochastic: with nvfp4 only.
+    for a tensor that is near enough to it, the mean relative error below `threshold`; mor_block, E4M3, E5M2 or none for each
+    block. square: blocks are as many rows as columns, and the transpose has the same numbers. hadamard, stochastic: with
+    nvfp4 only.
     """
 
     scaling: Scaling = "none"
@@ -26,6 +27,7 @@ class Operand:
     power_of_2: bool = False
     hadamard: bool = False
     stochastic: bool = False
+    threshold: float = 0.045
 
     @property
     def is_quantized(self) -> bool:
@@ -98,7 +100,7 @@ def _fp8_block() -> GemmRecipe:
 
 
 MX = Operand("mx", "e4m3")
-MOR = Operand("mor", "e4m3")
+MOR, MOR_BLOCK = Operand("mor", "e4m3", square=True), Operand("mor_block", "e4m3", square=True)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -112,6 +114,7 @@ RECIPES = {
         _nvfp4("nvfp4_no_sr", stochastic=False),
         _nvfp4("nvfp4_1d", square=False),
         _of_three("mor", MOR, MOR, MOR, 16),
+        _of_three("mor_block", MOR_BLOCK, MOR_BLOCK, MOR_BLOCK, 16),
     )
 }
 """Those that a configuration can name. Formats of FP8 are those of Transformer Engine's HYBRID: E5M2 for gradients."""

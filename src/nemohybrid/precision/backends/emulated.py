@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from nemohybrid.precision import numerics
+from nemohybrid.precision import mor, numerics
+from nemohybrid.precision.hadamard import filled_up, hadamard
 from nemohybrid.precision.numerics import NVFP4_MAX, Quantized
 from nemohybrid.precision.recipe import GemmRecipe, Operand, Product
 from nemohybrid.precision.slot import Amax, Slot
@@ -42,27 +43,41 @@ def multiply(left: Prepared, right: Prepared) -> Tensor:
     return out
 
 
-def prepare(x: Tensor, operand: Operand, *, amax: Amax | None = None, random: Tensor | None = None) -> Prepared:
-    """x [M, K] as its operand is multiplied. amax: over the ranks that hold its parts; random: see `quantize_nvfp4`."""
+def prepare(x: Tensor, operand: Operand, slot: Slot, which: str, random: Tensor | None = None) -> Prepared:
+    """x [M, K] as it is multiplied. which: "x", "w" or "dy"; random: see `quantize_nvfp4`."""
+    watch, amax = slot.clock.watch, slot.parts.get(which)
     if not operand.is_quantized:
         return Prepared(x)
-    return numbers(quantize(x, operand, amax=amax, random=random))
+    if operand.scaling in ("mor", "mor_block"):
+        chosen, accepted = mor.by_tensor(x, operand.threshold) if operand.scaling == "mor" else mor.by_block(x)
+        if watch is not None:
+            watch.accepted(slot, which, accepted)
+        return Prepared(chosen)
+    quantized = quantize(x, operand, slot, which, amax, random)
+    if watch is not None:
+        watch.quantized(slot, which, x, quantized, operand)
+    return numbers(quantized)
 
 
-def quantize(x: Tensor, operand: Operand, *, amax: Amax | None = None, random: Tensor | None = None) -> Quantized:
-    """x [M, K] by the numerics that an operand names."""
+def quantize(
+    x: Tensor, operand: Operand, slot: Slot, which: str, amax: Amax | None = None, random: Tensor | None = None
+) -> Quantized:
+    """x [M, K] by the numerics that an operand names. amax: over the ranks that hold its parts."""
+    if operand.scaling == "nvfp4" and operand.hadamard:
+        x = hadamard(x)
+    largest = None if amax is None else amax(numerics.largest(x))
     match operand.scaling:
         case "current":
-            whole = None if amax is None else amax(numerics.largest(x))
-            return numerics.quantize_fp8_current(x, operand.format, operand.power_of_2, amax=whole)
+            return numerics.quantize_fp8_current(x, operand.format, operand.power_of_2, amax=largest)
+        case "delayed":
+            assert slot.scales is not None, "a slot of delayed scaling has scales"
+            return numerics.quantize_fp8(x, operand.format, slot.scales.scale_of(which, x))
         case "block":
             return numerics.quantize_fp8_block(x, operand.format, 128 if operand.square else 1, operand.power_of_2)
         case "mx":
             return numerics.quantize_mxfp8(x, operand.square, operand.format)
         case "nvfp4":
-            x = numerics.transformed(x) if operand.hadamard else x
-            whole = None if amax is None else amax(numerics.largest(x))
-            return numerics.quantize_nvfp4(x, "16x16" if operand.square else "1x16", amax=whole, random=random)
+            return numerics.quantize_nvfp4(x, "16x16" if operand.square else "1x16", amax=largest, random=random)
     raise AssertionError(f"{operand.scaling} has no numerics of its own")
 
 
@@ -84,7 +99,6 @@ class EmulatedGemm:
     """A `Gemm` for one layer. Keeps the quantized weight while the weights are the same."""
 
     def __init__(self, recipe: GemmRecipe, slot: Slot) -> None:
-        assert not recipe.is_delayed, "delayed scaling has a state"
         self.recipe, self.slot = recipe, slot
         self._weights: dict[tuple[Operand, bool], Prepared] = {}
         self._of: tuple[int, int, int] | None = None
@@ -104,15 +118,17 @@ class EmulatedGemm:
             self._weights, self._of = {}, now
         if (operand, transposed) not in self._weights:
             matrix = weight.detach().T if transposed else weight.detach()
-            self._weights[operand, transposed] = prepare(matrix.to(dtype), operand, amax=self.slot.parts.get("w"))
+            self._weights[operand, transposed] = prepare(matrix.to(dtype), operand, self.slot, "w")
         return self._weights[operand, transposed]
 
-    def operand(self, x: Tensor, operand: Operand, which: str, what: str, place: tuple[int, int, int]) -> Prepared:
-        random = self.slot.random(x, operand, what, place)
-        return prepare(x, operand, amax=self.slot.parts.get(which), random=random)
+
+def operand_of(x: Tensor, operand: Operand, slot: Slot, which: str, what: str, place: tuple[int, int, int]) -> Prepared:
+    """x [M, K], "x" or "dy", as the operand `what` of the six of a layer."""
+    x = filled_up(x) if operand.hadamard else x
+    return prepare(x, operand, slot, which, slot.random(x, operand, what, place))
 
 
-def _product(of: Product, left: Prepared, right: Prepared) -> Tensor:
+def product(of: Product, left: Prepared, right: Prepared) -> Tensor:
     if of.left.is_quantized or of.right.is_quantized:
         return multiply(left, right)
     return left.matrix @ right.matrix.T
@@ -133,8 +149,8 @@ class _Multiply(Function):
         ctx.save_for_backward(x, weight)
         ctx.gemm, ctx.place, ctx.bias_dtype = gemm, place, None if bias is None else bias.dtype
         of, rows = gemm.recipe.fprop, x.reshape(-1, x.shape[-1])
-        left = gemm.operand(rows, of.left, "x", "fprop.x", place)
-        y = _product(of, left, gemm.weight(weight, of.right, x.dtype, transposed=False))
+        left = operand_of(rows, of.left, gemm.slot, "x", "fprop.x", place)
+        y = product(of, left, gemm.weight(weight, of.right, x.dtype, transposed=False))
         y = y if bias is None else y + bias
         return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
@@ -147,12 +163,12 @@ class _Multiply(Function):
         dx = dweight = None
         if needs_x:
             of = gemm.recipe.dgrad
-            left = gemm.operand(d_rows, of.left, "dy", "dgrad.dy", place)
-            dx = _product(of, left, gemm.weight(weight, of.right, x.dtype, transposed=True)).to(x.dtype).view_as(x)
+            left = operand_of(d_rows, of.left, gemm.slot, "dy", "dgrad.dy", place)
+            dx = product(of, left, gemm.weight(weight, of.right, x.dtype, transposed=True)).to(x.dtype).view_as(x)
         if needs_weight:
             of = gemm.recipe.wgrad
-            left = gemm.operand(d_rows.T, of.left, "dy", "wgrad.dy", place)
-            right = gemm.operand(rows.T, of.right, "x", "wgrad.x", place)
-            dweight = _product(of, left, right).to(weight.dtype)
+            left = operand_of(d_rows.T, of.left, gemm.slot, "dy", "wgrad.dy", place)
+            right = operand_of(rows.T, of.right, gemm.slot, "x", "wgrad.x", place)
+            dweight = product(of, left, right).to(weight.dtype)
         dbias = d_rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
         return dx, dweight, dbias, None, None
