@@ -47,7 +47,7 @@ def prepare(x: Tensor, operand: Operand, slot: Slot, which: str, random: Tensor 
     """x [M, K] as it is multiplied. which: "x", "w" or "dy"; random: see `quantize_nvfp4`."""
     watch, amax = slot.clock.watch, slot.parts.get(which)
     if not operand.is_quantized:
-        return Prepared(x)
+        return Prepared(hadamard(x) if operand.hadamard else x)
     if operand.scaling in ("mor", "mor_block"):
         chosen, accepted = mor.by_tensor(x, operand.threshold) if operand.scaling == "mor" else mor.by_block(x)
         if watch is not None:
