@@ -1,12 +1,16 @@
-"""What a recipe multiplies must be a multiple of its block on every tensor rank; asked with recipes of later versions."""
+"""What a recipe multiplies must be a multiple of its block on every tensor rank, and a rule must be about something."""
 
 import pytest
 
 from nemohybrid.config.compose import load_model_config
-from nemohybrid.config.environment import ParallelSection, PrecisionSection
-from nemohybrid.config.rules.precision import mamba_widths, multiple_of, widths_of_the_recipe
+from nemohybrid.config.environment import ParallelSection
+from nemohybrid.config.groups import groups
+from nemohybrid.config.precision import PrecisionSection
+from nemohybrid.config.products import products
+from nemohybrid.config.rules.precision import widths_of_the_recipe
 from nemohybrid.config.rules.rule import Situation
 from nemohybrid.config.run_config import RunConfig
+from nemohybrid.precision.recipe import RECIPES
 from nemohybrid.symbols import parse_pattern
 
 IN_PROJ = "outputs of the Mamba in_proj"
@@ -26,15 +30,6 @@ def refusal():
 
 
 @pytest.mark.parametrize(
-    "recipe, multiple",
-    [("bf16", 1), ("fp8_delayed", 16), ("fp8_current", 16), ("fp8_block", 16), ("mxfp8", 32), ("nvfp4", 16)],
-)
-def test_recipes_multiply_in_multiples(recipe, multiple):
-    assert multiple_of(recipe) == multiple
-    assert multiple_of(f"{recipe}_of_some_kind") == multiple
-
-
-@pytest.mark.parametrize(
     "model, width",
     [
         ("nemotron_h_4b", 16496),
@@ -50,7 +45,9 @@ def test_recipes_multiply_in_multiples(recipe, multiple):
     ],
 )
 def test_the_width_of_in_proj_is_the_published_one(model, width):
-    assert mamba_widths(load_model_config([f"model={model}"]).model, 1)[IN_PROJ] == width
+    config = load_model_config([f"model={model}"]).model
+    places = products(config, parse_pattern(config.pattern))
+    assert {place.outputs for place in places if place.role == "in_proj"} == {width}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +64,8 @@ def test_the_width_of_in_proj_is_the_published_one(model, width):
 )
 def test_an_in_proj_that_a_rank_cannot_multiply_is_refused(model, tensor, recipe, width, refusal):
     message = refusal(model, tensor, recipe)
-    assert message.startswith(f"  precision.recipe={recipe}: takes multiples of {multiple_of(recipe)}, but "), message
+    takes = f"{recipe} takes multiples of {RECIPES[recipe].multiple}, but a rank has "
+    assert message.startswith(f"  precision.recipe={recipe}: {takes}"), message
     assert f"{width} {IN_PROJ}" in message
     assert "Legal: precision.recipe=bf16" in message
 
@@ -104,7 +102,9 @@ def test_the_tensor_ranks_that_would_do_are_named(refusal):
 
 def test_the_inner_width_of_an_mlp_may_be_what_does_not_fit(refusal):
     """Nano v2 9B on 8 ranks: in_proj would do, but an eighth of 15680 channels does not."""
-    assert "but a rank has 1960 channels of an MLP. Legal" in refusal("nemotron_nano_v2_9b", 8, "fp8_current")
+    message = refusal("nemotron_nano_v2_9b", 8, "fp8_current")
+    assert "but a rank has 1960 outputs of an MLP's fc1 and 1960 inputs of an MLP's fc2. Legal" in message
+    assert '{name: ["*.fc1", "*.fc2"], recipe: bf16}' in message
 
 
 FOUR_HEADS = ["model.num_attention_heads=4", "model.num_query_groups=2", 'model.pattern="*"']
@@ -114,14 +114,19 @@ WIDE_EXPERTS = ["model.moe_ffn_hidden_size=40", "model.shared_expert_ffn_hidden_
 @pytest.mark.parametrize(
     "tensor, overrides, found",
     [
-        (1, ["model.hidden_size=100"], "100 hidden channels"),
+        (1, ["model.hidden_size=100"], "100 inputs of the Mamba in_proj"),
         (2, ["model.mamba_head_dim=6"], "inputs of the Mamba out_proj"),
         (2, [*FOUR_HEADS, "model.head_dim=12"], "has 24 inputs of the attention out_proj. Legal"),  # qkv is 48 wide
         (4, [*FOUR_HEADS, "model.head_dim=20"], "60 outputs of the attention qkv"),  # a key/value head is repeated
-        (2, ['model.pattern="-"', "model.ffn_hidden_size=48"], "has 24 channels of an MLP. Legal"),
-        (1, ["model=tiny_moe", *WIDE_EXPERTS], "40 channels of an expert and 72 channels of the shared expert and 24"),
-        (1, ["model=tiny_moe", *WIDE_EXPERTS], "24 latent channels. Legal"),
-        (1, ["model=tiny_moe", *WIDE_EXPERTS, 'model.pattern="M/E"'], "40 channels of an expert"),
+        (
+            2,
+            ['model.pattern="-"', "model.ffn_hidden_size=48"],
+            "has 24 outputs of an MLP's fc1 and 24 inputs of an MLP's fc2. Legal",
+        ),
+        (1, ["model=tiny_moe", *WIDE_EXPERTS], "40 outputs of the MoE experts.up"),
+        (1, ["model=tiny_moe", *WIDE_EXPERTS], "24 outputs of the MoE latent_down"),
+        (1, ["model=tiny_moe", *WIDE_EXPERTS], "72 inputs of the MoE shared_expert.fc2. Legal"),
+        (1, ["model=tiny_moe", *WIDE_EXPERTS, 'model.pattern="M/E"'], "40 inputs of the MoE experts.down"),
     ],
 )
 def test_every_width_of_a_rank_is_looked_at(tensor, overrides, found, refusal):
@@ -130,3 +135,70 @@ def test_every_width_of_a_rank_is_looked_at(tensor, overrides, found, refusal):
 
 def test_ranks_without_equal_parts_are_a_matter_of_another_rule(refusal):
     assert refusal("nemotron_h_4b", 16, "fp8_current") == ""
+
+
+# --- rules of the policy ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule, why",
+    [
+        (
+            "{role: router, recipe: bf16}",
+            "router can never be quantized: a small error sends a token to another expert",
+        ),
+        ("{role: vocabulary, recipe: nvfp4}", "can never be quantized"),
+        ("{role: eh_proj, recipe: nvfp4}", "Legal: in_proj, out_proj, qkv, o_proj, fc1, fc2, latent, expert"),
+        ("{role: conv, recipe: nvfp4}", "can never be quantized"),
+        ("{role: qvk, recipe: nvfp4}", "Did you mean 'qkv'?"),
+        ("{rol: qkv, recipe: nvfp4}", "Did you mean 'role'?"),
+        ("{role: qkv, recipe: nvpf4}", "Did you mean 'nvfp4'"),
+        ("{role: qkv}", "names no recipe"),
+        ("{layers: last, recipe: bf16}", "Legal: a number, from 0 or -1 from the end"),
+        ("{layers: last 150%, recipe: bf16}", "no more than 100%"),
+        ("{layers: 1.5, recipe: bf16}", "names no layers"),
+        ("{layers: true, recipe: bf16}", "names no layers"),
+        ("{kind: M, recipe: bf16, optional: 1}", "not true or false"),
+        ("bf16", "is no rule"),
+        ("{kind: E, recipe: bf16}", "no layer is of kind E. Kinds: M, -, *"),
+        ("{kind: mtp, recipe: bf16}", "no layer is of kind mtp"),
+        ("{role: latent, recipe: bf16}", "no product has the role latent"),
+        ("{kind: M, role: qkv, recipe: bf16}", "no product is all of that"),
+        ("{layers: 7, recipe: bf16}", "the model has layers 0 to 6"),
+        ('{name: "layers.*.mixr.in_proj", recipe: bf16}', "Nearest: layers.*.mixer.in_proj"),
+        ('{name: "*.router.gate", recipe: bf16}', "router can never be quantized"),
+        ('{name: "embedding", recipe: bf16}', "embedding can never be quantized"),
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_refused_with_what_would_be_right(rule, why, complaint):
+    message = complaint(f"precision.rules=[{{kind: M, recipe: bf16}}, {rule}]")
+    assert "precision.rules" in message
+    assert why in message, message
+
+
+def test_an_optional_rule_may_fit_nothing_and_a_repeated_one_is_no_mistake(compose):
+    rules = "[{kind: mtp, recipe: bf16, optional: true}, {kind: M, recipe: bf16}, {kind: M, recipe: mxfp8}]"
+    assert len(compose(f"precision.rules={rules}").precision.rules) == 3
+
+
+def test_late_recipes_are_judged_too(complaint):
+    message = complaint("precision.late.tokens=1e6", "precision.late.rules=[{kind: E, recipe: bf16}]")
+    assert "precision.late.rules[0]: fits nothing" in message
+    assert "comes after the end of the run" in complaint("train.steps=3", "precision.late.tokens=1e9")
+    late = complaint("precision.recipe=fp8_current", "precision.late={tokens: 1000, recipe: mxfp8}", *FITTING)
+    assert "mxfp8 takes multiples of 32, but a rank has 656 outputs of the Mamba in_proj" in late
+
+
+FITTING = ["model.mamba_num_heads=16", "model.mamba_head_dim=16"]
+
+
+def test_what_a_rule_leaves_in_bf16_may_have_any_width(compose, complaint):
+    assert "648 outputs of the Mamba in_proj" in complaint("precision=nvfp4")
+    rules = 'precision.rules=[{name: ["*.in_proj"], recipe: bf16}]'
+    assert compose("precision=nvfp4", rules).precision.recipe == "nvfp4"
+
+
+@pytest.mark.parametrize("preset", groups()["precision"])
+def test_every_preset_fits_a_model_with_all_kinds_of_layers(preset, compose):
+    overrides = ["model.mamba_num_heads=32", "model.mamba_head_dim=8"]
+    assert compose("model=tiny_latent_mtp", f"precision={preset}", *overrides).precision.recipe in RECIPES

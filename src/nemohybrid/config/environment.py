@@ -1,4 +1,4 @@
-"""`data`, `parallel`, `precision`, `checkpoint`, `logging`, `sample` and `cluster`: what surrounds the model."""
+"""`data`, `parallel`, `checkpoint`, `logging`, `sample` and `cluster`: what surrounds the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,13 +102,6 @@ class ParallelSection(Section):
     reduce_every_microbatch: bool = option(
         False, "sum gradients over data ranks after every microbatch: keeps no whole gradient, sends more"
     )
-
-
-@dataclass
-class PrecisionSection(Section):
-    """How matrices multiply. `bf16` means: in `model.dtype`, nothing quantized."""
-
-    recipe: str = option("bf16", "the GEMM recipe", choices=("bf16",))
 
 
 @dataclass

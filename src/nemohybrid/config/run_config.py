@@ -10,11 +10,11 @@ from nemohybrid.config.environment import (
     DataSection,
     LoggingSection,
     ParallelSection,
-    PrecisionSection,
     SampleSection,
 )
 from nemohybrid.config.kernels import KernelsSection
 from nemohybrid.config.model import ModelConfig
+from nemohybrid.config.precision import PrecisionSection
 from nemohybrid.config.section import Section, option
 from nemohybrid.config.training import OptimSection, RunSection, ScheduleSection, TrainSection
 

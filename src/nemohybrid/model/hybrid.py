@@ -25,6 +25,8 @@ from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.data import Unit
 from nemohybrid.parallel.layout import attach, layout_of
 from nemohybrid.parallel.tensor import TensorRanks
+from nemohybrid.precision.binding import Binding
+from nemohybrid.precision.clock import Clock
 from nemohybrid.symbols import parse_pattern
 from nemohybrid_kernels.backend import Choice
 
@@ -55,7 +57,8 @@ class HybridModel(nn.Module):
     With `stages` it is what a pipeline rank holds: the layers of these stages under their numbers in the whole model, and of
     embedding, final norm, output projection and MTP blocks what the stages need. `schedule` is the order in which
     microbatches pass them (`parallel.schedule`). `repeats` counts steps that were computed again, since exchanges between
-    experts were short of room; who looks at a step is told by `before_repeat` to forget it.
+    experts were short of room; who looks at a step is told by `before_repeat` to forget it. `precision` is what has filled
+    its products, where something has, and `clock` what these know of the run.
     """
 
     embedding: VocabularyMatrix  # on the first stage, and on the last where it is tied or MTP blocks read it
@@ -75,6 +78,8 @@ class HybridModel(nn.Module):
         self.dtype = DTYPES[config.dtype]
         self.recompute, self.schedule = False, "1f1b"
         self.kernels: list[Choice] = []  # which backend runs each operator, once that is decided
+        self.precision: Binding | None = None
+        self.clock = Clock()
         self.repeats, self.before_repeat = 0, list[Callable[[], None]]()
         self.context, self.stages = context, tuple(stages or all_of(config))
         first, last = self.stages[0].is_first, self.stages[-1].is_last

@@ -1,7 +1,6 @@
 """How a matrix multiplies: the slot on every `Linear` that a precision recipe fills."""
 
-from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,22 +43,3 @@ class _Cast(Function):
             (d_rows.T @ rows).to(weight.dtype) if needs_weight else None,
             d_rows.sum(0).to(ctx.bias_dtype) if needs_bias else None,
         )
-
-
-RECIPES: dict[str, Gemm] = {"bf16": plain_gemm}
-"""Name in the configuration -> how every slot multiplies."""
-
-
-@runtime_checkable
-class GemmSlot(Protocol):
-    """Anything that multiplies by a trained weight; `role` says which product it is (in_proj, qkv, fc1, ...)."""
-
-    gemm: Gemm
-    role: str
-
-
-def bind(modules: Iterable[object], recipe: str) -> None:
-    """Fill the slot of every module that has one."""
-    for module in modules:
-        if isinstance(module, GemmSlot):
-            module.gemm = RECIPES[recipe]

@@ -75,6 +75,11 @@ class Chosen:
     rule: int | None = None
     late: GemmRecipe | None = None
 
+    @property
+    def recipes(self) -> tuple[GemmRecipe, ...]:
+        """Of now, and of later if there is one."""
+        return (self.recipe,) if self.late is None else (self.recipe, self.late)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -199,7 +204,9 @@ def idle_rules(rules: Sequence[Rule], places: Sequence[Place]) -> dict[int, str]
 def _why_idle(rule: Rule, places: Sequence[Place]) -> str:
     for glob in rule.names:
         if not fnmatch.filter([place.name for place in places], glob):
-            return f"no product is named {glob}. {_nearest_names(glob, places)}"
+            never = next((what for what in NEVER if re.search(rf"(?<![a-z]){what}(?![a-z])", glob)), None)
+            why = f"{never} can never be quantized" if never else f"no product is named {glob}"
+            return f"{why}. {_nearest_names(glob, places)}"
     for kind in rule.kinds:
         there = [*dict.fromkeys([place.kind for place in places] + [MTP for place in places if place.mtp])]
         if kind not in there:

@@ -2,15 +2,17 @@
 
 import torch
 
+from nemohybrid.config.precision import policy_of
 from nemohybrid.config.ranks import data_mode, schedule
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import DTYPES, HybridModel
 from nemohybrid.model.kernels import bind_kernels
+from nemohybrid.model.precision import clock_of, sites
 from nemohybrid.model.stage import of_rank
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.data import DataRanks, Replicated, Sharded
 from nemohybrid.plan.cut import staged
-from nemohybrid.precision.gemm import bind
+from nemohybrid.precision.binding import Binding
 
 
 def build_model(config: RunConfig, context: ParallelContext) -> tuple[HybridModel, DataRanks]:
@@ -32,7 +34,10 @@ def build_model(config: RunConfig, context: ParallelContext) -> tuple[HybridMode
             reduce_every_microbatch=config.parallel.reduce_every_microbatch,
         )
         model.materialize(context.device, config.run.seed)
-    bind(model.modules(), config.precision.recipe)
+    model.clock = clock_of(context, config.run.seed)
+    keeps = context.shard.size == 1 or data_mode(config.parallel) == "shard_grad"
+    policy, backend = policy_of(config.precision), config.precision.backend
+    model.precision = Binding(model, sites(model, keeps), policy, backend, context.device)
     packed, dtype = config.data.reset_documents, DTYPES[config.model.dtype]
     model.kernels = bind_kernels(model, config.kernels, context.device, dtype, packed)
     model.recompute = config.train.recompute == "layer"

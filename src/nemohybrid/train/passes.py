@@ -29,6 +29,7 @@ class Passes:
 
         def before_backward(number: int, microbatch: int, end: bool) -> None:
             modules = (unit.module for unit in self.model.sharding_units(self.stages[number]))
+            self.model.clock.microbatch = microbatch  # a layer may be computed again
             shared.before_backward(modules, microbatch == len(self.batches) - 1, end)
 
         shared.begin()
@@ -39,7 +40,11 @@ class Passes:
         self.pipeline.evaluate(len(self.batches), self._shape, self._numbered(forward))
 
     def _numbered(self, forward: StageForward) -> Callable[[int, int, Tensor | None], Tensor]:
-        return lambda number, microbatch, x: forward(self.stages[number], microbatch, x)
+        def numbered(number: int, microbatch: int, x: Tensor | None) -> Tensor:
+            self.model.clock.microbatch = microbatch
+            return forward(self.stages[number], microbatch, x)
+
+        return numbered
 
     def _shape(self, microbatch: int) -> tuple[int, ...]:
         """This rank's tokens of the residual stream."""

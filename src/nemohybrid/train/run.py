@@ -18,6 +18,7 @@ from nemohybrid.symbols import parse_pattern
 from nemohybrid.train.callbacks import standard
 from nemohybrid.train.lock import only_job_in
 from nemohybrid.train.plain_words import in_plain_words
+from nemohybrid.train.precision import Resolved
 from nemohybrid.train.process import allow_many_files, keep_freed_memory
 from nemohybrid.train.random_streams import RandomStreams
 from nemohybrid.train.signals import StopSignals, name_of
@@ -50,16 +51,19 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
             say(context, *notes, _introduction(config, context), *shown_cut(config, context))
             say(context, *warnings, *_for_benchmarks_only(config))
             trainer = Trainer(config, context, standard(config, context.is_main))
-            say(context, *lines_of(trainer.model.kernels), *_describe_data(trainer), *trainer.resume())
+            precision = Resolved(config, context.device)
+            say(context, *lines_of(trainer.model.kernels), *precision.lines)
+            say(context, *_describe_data(trainer), *trainer.resume())
             if not trainer.is_complete:
-                _train(trainer, folder, signals)
+                _train(trainer, precision, folder, signals)
     return trainer
 
 
-def _train(trainer: Trainer, folder: Path, signals: StopSignals | None) -> None:
+def _train(trainer: Trainer, precision: Resolved, folder: Path, signals: StopSignals | None) -> None:
     context = trainer.context
     if context.is_main:  # only now: a refused resume must not change what the folder says about itself
         (folder / "config.yaml").write_text(config_yaml(trainer.config))
+        (folder / "precision.json").write_text(precision.json)
         say(context, *trainer.checkpoints.space_warnings())
     trainer.fit(signals)
     say(context, _stopped(trainer) if trainer.stopped_by else _conclusion(trainer, folder))

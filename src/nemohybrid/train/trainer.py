@@ -19,7 +19,7 @@ from nemohybrid.config.ranks import microbatch
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.observe.metrics import read_metrics
-from nemohybrid.parallel.collectives import largest
+from nemohybrid.parallel.collectives import largest, largest_over
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
 from nemohybrid.train.balance import LoadBalance
@@ -55,7 +55,8 @@ class Trainer:
         self.plan = BatchPlan(config.train, config.data.sequence_length)
         self.data = RunData(config, context)
         self.model, self.shared = build_model(config, context)
-        self.parameters = self.shared.parameters
+        assert self.model.precision is not None, "a model that is built has its products"
+        self.precision, self.parameters = self.model.precision, self.shared.parameters
         self.optimizer = build_optimizer(self.parameters.values(), config.optim)
         self.balance = LoadBalance(self.model, context)
         self.checkpoints = Checkpointer(config, context, self.data.tokenizer, self.data.identity())
@@ -117,6 +118,7 @@ class Trainer:
     def train_step(self) -> StepResult:
         """The next optimizer step. Raises TrainingError, with nothing changed, when loss or gradient is not finite."""
         started, step = time.perf_counter(), self.step + 1
+        self._tell_precision(step)
         lr = learning_rate(self.config, self.plan, step)
         set_learning_rate(self.optimizer, lr)
         batch = self.data.batch(step)
@@ -130,6 +132,7 @@ class Trainer:
         if verdict == NOT_FINITE:
             raise TrainingError(f"step {step}: {self._not_finite(batch, mean_loss, grad_norm)}")
         update(self.parameters.values(), self.optimizer, self.config.optim.clip_grad_norm, norm)
+        self._weights_changed()
         self.balance.update_bias()
         self.step = step
         self.stopped_by = 0 if self.is_complete else verdict  # a run that is at its end just ends
@@ -139,6 +142,15 @@ class Trainer:
         metrics = mtp_metrics(others[:depths]) | self.balance.metrics(others[depths:])
         metrics |= {"moe_repeats": self.model.repeats} if self.model.repeats else {}
         return StepResult(step, mean_loss, grad_norm, lr, self.plan.batch_at(step), tokens, seconds, metrics)
+
+    def _tell_precision(self, step: int) -> None:
+        """What random bits depend on, and whether the recipes of later are due."""
+        self.model.clock.step = step
+        self.precision.at(self.plan.samples_before(step) * self.config.data.sequence_length)
+
+    def _weights_changed(self) -> None:
+        self.model.clock.weights_changed()
+        self.precision.after_step(partial(largest_over, group=self.context.stage))
 
     def _not_finite(self, batch: Batch, loss: float, norm: float) -> str:
         """Collective."""
@@ -180,12 +192,14 @@ class Trainer:
     def resume(self) -> list[str]:
         """Go on from the checkpoint that `resume` names. Returns what the user must know, in plain words."""
         path, notes = self.checkpoints.find()
+        self.model.clock.weights_changed()
         if path is None:
             held = model_tensors(self.model, self.parameters)
             return [*notes, *load_initial_weights(self.config, held, self.data.tokenizer)]
         start_state(self.optimizer, 0)
         self.step = self.checkpoints.load(path, run_tensors(self.model, self.optimizer, self.parameters))
         start_state(self.optimizer, self.step)
+        self._tell_precision(self.step)  # a step that is still to be scored
         self.last_saved = (self.step, path)
         self.owes_evaluation = World().on_first(self._owes_evaluation)
         where = f"step {self.step} of {self.config.train.steps}{', still to be scored' if self.owes_evaluation else ''}"

@@ -1,13 +1,45 @@
 """Rules of the numbers that matrices multiply in."""
 
-from nemohybrid.config.model import ModelConfig
+from collections.abc import Iterable, Sequence
+
+from nemohybrid.config.batch_plan import BatchPlan
+from nemohybrid.config.precision import policy_of
+from nemohybrid.config.products import OF_SYMBOL, products
+from nemohybrid.config.ranks import expert_tensor
 from nemohybrid.config.rules.rule import RUN_RULES, Situation, rule
 from nemohybrid.config.rules.tensor import tensor_sizes
 from nemohybrid.config.violation import Violation
+from nemohybrid.precision.place import Place
+from nemohybrid.precision.policy import Policy, idle_rules
 
-MULTIPLES = {"bf16": 1, "fp8_": 16, "mxfp8": 32, "nvfp4": 16}
-"""How names of recipes begin -> what both dimensions of a matrix must be multiples of (the shapes that Transformer Engine's
-modules take: cuBLAS multiplies FP8 in multiples of 16; a block of MXFP8 has 32 elements, one of NVFP4 16)."""
+LAYERS = {"M": "the Mamba", "*": "the attention", "-": "an MLP's", "E": "the MoE"}
+"""Symbol -> whose product it is, in words."""
+
+
+@rule(RUN_RULES)
+def policy_of_this_model(now: Situation) -> Violation | None:
+    """Every rule must be about something. Where a symbol is not ours, only the built model could tell."""
+    if now.pattern is None or not set(now.pattern.main + now.pattern.mtp) <= OF_SYMBOL.keys():
+        return None
+    policy, places = policy_of(now.config.precision), products(now.config.model, now.pattern)
+    idle = {f"precision.rules[{number}]": why for number, why in idle_rules(policy.rules, places).items()}
+    if policy.late:
+        late = idle_rules(policy.late.rules, places)
+        idle |= {f"precision.late.rules[{number}]": why for number, why in late.items()}
+    where, why = next(iter(idle.items()), ("", ""))
+    also = "".join(f"\nand {other}: {reason}" for other, reason in list(idle.items())[1:])
+    return Violation(where, f"fits nothing: {why}{also}") if idle else None
+
+
+@rule(RUN_RULES)
+def late_recipe_within_the_run(now: Situation) -> Violation | None:
+    """A switch that never comes is a mistake in its number."""
+    late, train = now.config.precision.late, now.config.train
+    most = BatchPlan(train, now.config.data.sequence_length).progress(train.steps, "tokens")
+    if late.tokens is None or late.tokens < most:
+        return None
+    message = f"comes after the end of the run, which sees {most:,} tokens"
+    return Violation(f"precision.late.tokens={late.tokens:g}", message, {"precision.late.tokens": f"below {most}"})
 
 
 @rule(RUN_RULES)
@@ -16,65 +48,37 @@ def widths_of_the_recipe(now: Situation) -> Violation | None:
 
     Megatron-LM checks the whole width only (mamba_mixer.py), which Nemotron 3 Nano with 8 tensor ranks passes.
     """
-    recipe, ranks, possible = now.config.precision.recipe, now.config.parallel.tensor, tensor_sizes(now)
-    multiple = multiple_of(recipe)
-    found = _odd_widths(now, ranks, multiple)
+    if now.pattern is None:
+        return None
+    policy, ranks, possible = policy_of(now.config.precision), now.config.parallel.tensor, tensor_sizes(now)
+    found = _odd_widths(_places(now, ranks), policy)
     if not found or ranks not in possible:
         return None  # where ranks have no equal parts, the rules of tensor parallelism speak
-    fitting = [size for size in possible if not _odd_widths(now, size, multiple)]
-    legal = {"parallel.tensor": fitting, "precision.recipe": ["bf16"]}
-    message = f"takes multiples of {multiple}, but a rank has {' and '.join(found)}"
-    return Violation(f"precision.recipe={recipe}", message, {key: values for key, values in legal.items() if values})
+    fitting = [size for size in possible if not _odd_widths(_places(now, size), policy)]
+    recipe, multiple = next(iter(found))
+    message = f"{recipe} takes multiples of {multiple}, but a rank has {' and '.join(found[recipe, multiple])}"
+    names = [*dict.fromkeys(f'"*.{words.rpartition(" ")[2]}"' for words in found[recipe, multiple])]
+    first = f"begin with {{name: [{', '.join(names)}], recipe: bf16}}"
+    legal = {"parallel.tensor": fitting, "precision.recipe": ["bf16"], "precision.rules": first}
+    where = f"precision.recipe={now.config.precision.recipe}"
+    return Violation(where, message, {key: values for key, values in legal.items() if values})
 
 
-def multiple_of(recipe: str) -> int:
-    """What every dimension of a matrix must be a multiple of, on each rank."""
-    found = [multiple for start, multiple in MULTIPLES.items() if recipe.startswith(start)]
-    assert found, f"nothing is known of the shapes that {recipe} takes"
-    return found[0]
+def _places(now: Situation, ranks: int) -> Sequence[Place]:
+    """With so many tensor ranks, and experts shared as it is asked for."""
+    assert now.pattern is not None
+    asked = now.config.parallel
+    shared = expert_tensor(asked) if expert_tensor(asked) != asked.tensor else ranks
+    return products(now.config.model, now.pattern, ranks, shared)
 
 
-def _odd_widths(now: Situation, ranks: int, multiple: int) -> list[str]:
-    """Widths of the layers on one of `ranks` that are no multiple, in words."""
-    widths = {"hidden channels": now.config.model.hidden_size}
-    for symbol, of_layer in WIDTHS.items():
-        widths |= of_layer(now.config.model, ranks) if now.has(symbol) else {}
-    return [f"{width} {name}" for name, width in widths.items() if width % multiple]
-
-
-def mamba_widths(model: ModelConfig, ranks: int) -> dict[str, int]:
-    """What one of `ranks` has of `in_proj` (z, x, B, C and dt) and of `out_proj`."""
-    heads = model.mamba_num_heads or 0
-    inner, states = heads * (model.mamba_head_dim or 0), model.mamba_num_groups * model.ssm_state_size
-    return {
-        "outputs of the Mamba in_proj": (2 * inner + 2 * states + heads) // ranks,
-        "inputs of the Mamba out_proj": inner // ranks,
-    }
-
-
-def attention_widths(model: ModelConfig, ranks: int) -> dict[str, int]:
-    """The same of `qkv` and `out_proj`; a rank has at least one key/value head."""
-    width, heads = model.head_dim or 0, (model.num_attention_heads or 0) // ranks
-    key_values = max(1, (model.num_query_groups or 0) // ranks)
-    return {
-        "outputs of the attention qkv": (heads + 2 * key_values) * width,
-        "inputs of the attention out_proj": heads * width,
-    }
-
-
-def mlp_widths(model: ModelConfig, ranks: int) -> dict[str, int]:
-    """The same of an MLP: outputs of the first matrix (a gated one has twice as many), inputs of the second."""
-    return {"channels of an MLP": (model.ffn_hidden_size or 0) // ranks}
-
-
-def expert_widths(model: ModelConfig, ranks: int) -> dict[str, int]:
-    """The same of the experts. Every rank has the whole latent width."""
-    return {
-        "channels of an expert": (model.moe_ffn_hidden_size or 0) // ranks,
-        "channels of the shared expert": (model.shared_expert_ffn_hidden_size or 0) // ranks,
-        "latent channels": model.moe_latent_size or 0,
-    }
-
-
-WIDTHS = {"M": mamba_widths, "*": attention_widths, "-": mlp_widths, "E": expert_widths}
-"""Symbol -> the widths of its matrices on each of so many tensor ranks, beside the hidden size."""
+def _odd_widths(places: Iterable[Place], policy: Policy) -> dict[tuple[str, int], list[str]]:
+    """Recipe, and what it takes multiples of -> the widths that are none, in words."""
+    found: dict[tuple[str, int], dict[str, None]] = {}
+    for place in places:
+        for recipe in policy.of(place).recipes:
+            for width, what in ((place.outputs, "outputs"), (place.inputs, "inputs")):
+                if width % recipe.multiple:
+                    words = f"{width} {what} of {LAYERS[place.kind]} {place.name.rpartition('.mixer.')[2]}"
+                    found.setdefault((recipe.name, recipe.multiple), {})[words] = None
+    return {key: list(words) for key, words in found.items()}

@@ -15,6 +15,7 @@ from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.expert import Dispatcher, Placement, choose
 from nemohybrid.parallel.layout import Piece, Shard, expert_parameter
 from nemohybrid_kernels.moe import expert_mlp
+from nemohybrid_kernels.moe.products import Pair, Products, products_for
 
 # T tokens, D hidden, E experts, F expert width
 
@@ -36,6 +37,7 @@ class Experts(nn.Module):
         down = Piece("", (experts, hidden, width), normal(residual_std(config)))
         self.activation, self.activation_backend = ACTIVATIONS[config.activation], "auto"
         self.backend = "auto"
+        self.products: dict[str, Products] | None = None  # of "up" and "down", where a recipe has filled them
         self.is_folded = context.experts is not None
         self.up = expert_parameter(up, Shard(axis=1, blocks=len(halves)), context)
         self.down = expert_parameter(down, Shard(axis=2), context)
@@ -44,8 +46,15 @@ class Experts(nn.Module):
         """x [T, D], expert ids and weights [T, K] -> [T, D]: the weighted sum of the chosen experts, or this rank's
         summand of it. Ids count the experts of this rank; where some may be `absent`, one past the last is nobody's."""
         activation = computed_by(self.activation, self.activation_backend)
-        how = {"activation": activation, "absent": absent, "backend": self.backend}
+        how = {"activation": activation, "absent": absent, "backend": self.backend, "multiply": self._multiply(x)}
         return expert_mlp(x, ids, weights, self.up, self.down, **how)
+
+    def _multiply(self, x: Tensor) -> Pair | None:
+        """The products that a recipe has filled; those of a matrix that it has not are plain."""
+        if self.products is None:
+            return None
+        plain = products_for(x.dtype, (x.shape[1], self.up.shape[1], self.down.shape[2]), x.device)
+        return Pair(self.products.get("up", plain), self.products.get("down", plain))
 
 
 @mixer("E", "MoE")

@@ -1,0 +1,94 @@
+"""The products of a built model that a recipe can take over, each with its place and with how ranks share it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.layer import Layer
+from nemohybrid.model.linear import Linear
+from nemohybrid.model.moe.layer import Experts
+from nemohybrid.parallel.collectives import largest_over
+from nemohybrid.parallel.context import Group, ParallelContext
+from nemohybrid.parallel.layout import ParamLayout, layout_of
+from nemohybrid.precision.binding import Site
+from nemohybrid.precision.clock import Clock
+from nemohybrid.precision.place import ROLES
+from nemohybrid.precision.slot import Amax, Slot
+from nemohybrid.symbols import parse_pattern
+
+CUT = {0: ("w", "dy"), 1: ("x", "w")}
+"""Axis of a matrix [outputs, inputs] along which ranks share it -> the tensors of which each has a part."""
+
+
+def clock_of(context: ParallelContext, seed: int) -> Clock:
+    """Data ranks have other tokens, so that they draw other bits. Tensor ranks do where they have other columns or tokens of a
+    gradient (`Slot.part`), and draw the same where they compute the same."""
+    return Clock(seed=seed, rank=context.data.rank)
+
+
+def sites(model: HybridModel, keeps: bool = True) -> Iterator[Site]:
+    """All products of this rank's layers that may be quantized. keeps: whether whole weights stay between two passes."""
+    pattern = parse_pattern(model.config.pattern)
+    count = pattern.num_layers
+    symbols = {number: symbol for stage in model.stages for number, symbol in stage.layers.items()}
+    for number, layer in model.layers.named_children():
+        where = Slot("", layer=int(number), layers=count, kind=symbols[int(number)])
+        yield from _of_layer(layer, f"layers.{number}", replace(where, clock=model.clock, keeps=keeps), model.context)
+    for block, drafting in enumerate(model.mtp):
+        for number, layer in enumerate(drafting.get_submodule("layers").children()):
+            where = Slot("", layer=count + block * len(pattern.mtp) + number, layers=count, kind=pattern.mtp[number])
+            where = replace(where, mtp=True, clock=model.clock, keeps=keeps)
+            yield from _of_layer(layer, f"mtp.{block}.layers.{number}", where, model.context)
+
+
+def _of_layer(layer: nn.Module, name: str, where: Slot, context: ParallelContext) -> Iterator[Site]:
+    assert isinstance(layer, Layer)
+    for path, module in layer.named_modules():
+        if isinstance(module, Linear) and module.role in ROLES:
+            yield _linear(module, replace(where, name=f"{name}.{path}", role=module.role), context)
+        elif isinstance(module, Experts):
+            for matrix in ("up", "down"):
+                slot = replace(where, name=f"{name}.{path}.{matrix}", role="expert")
+                yield _stacked(module, matrix, slot, context)
+
+
+def _linear(module: Linear, slot: Slot, context: ParallelContext) -> Site:
+    layout = layout_of(module.weight)
+    outputs, inputs = layout.tensor_shape
+    slot = replace(slot, outputs=outputs, inputs=inputs, **_shared(layout, context))
+    return Site(slot, module)
+
+
+def _stacked(module: Experts, matrix: str, slot: Slot, context: ParallelContext) -> Site:
+    layout = layout_of(getattr(module, matrix))
+    many, outputs, inputs = layout.tensor_shape
+    group = context.experts.tensor if context.experts is not None else context.tensor
+    assert layout.shard is not None, "experts are always shared"
+    parts = _largest(CUT[layout.shard.axis - 1], group)
+    slot = replace(slot, outputs=outputs, inputs=inputs, experts=many, parts=parts, part=context.tensor.rank)
+    return Site(slot, module, matrix)
+
+
+def _shared(layout: ParamLayout, context: ParallelContext) -> dict[str, Any]:
+    """How tensor ranks share a product: `parts` and `part` of its slot.
+
+    Where inputs are cut, all have the same gradient, round it alike, and one rank alone would too. Where nobody's part is cut
+    they have other tokens under sequence parallelism, or compute the same.
+    """
+    group = context.tensor
+    if group.size == 1:
+        return {}
+    if layout.shard is not None:
+        return {"parts": _largest(CUT[layout.shard.axis], group), "part": group.rank if layout.shard.axis == 0 else 0}
+    if layout.partial == "tokens" and context.sequence:
+        return {"parts": _largest(("x", "dy"), group), "part": group.rank}
+    return {}
+
+
+def _largest(tensors: tuple[str, ...], group: Group) -> dict[str, Amax]:
+    largest: Callable[[Tensor], Tensor] = partial(largest_over, group=group)
+    return dict.fromkeys(tensors, largest) if group.size > 1 else {}
