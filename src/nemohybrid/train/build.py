@@ -35,7 +35,8 @@ def build_model(config: RunConfig, context: ParallelContext) -> tuple[HybridMode
         )
         model.materialize(context.device, config.run.seed)
     model.clock = clock_of(context, config.run.seed)
-    keeps = context.shard.size == 1 or data_mode(config.parallel) == "shard_grad"
+    stays = data_mode(config.parallel) == "shard_grad"
+    keeps = context.shard.size == 1 or (stays and context.tensor.size == 1)  # ranks that share a matrix act in step
     policy, backend = policy_of(config.precision), config.precision.backend
     model.precision = Binding(model, sites(model, keeps), policy, backend, context.device)
     packed, dtype = config.data.reset_documents, DTYPES[config.model.dtype]

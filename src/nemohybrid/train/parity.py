@@ -27,7 +27,7 @@ from nemohybrid.train.batch import Batch
 from nemohybrid.train.build import build_model
 from nemohybrid.train.optimizer import build_optimizer
 from nemohybrid.train.state import model_tensors
-from nemohybrid.train.step import compute_gradients, update
+from nemohybrid.train.step import compute_gradients, update, weights_changed
 
 # B sequences of the global batch, L length
 
@@ -92,6 +92,7 @@ def observe(config: RunConfig, context: ParallelContext, steps: int = 3, packed:
     rows = microbatch(config, context.data.size)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
+        model.clock.step = step
         batch = share_of(synthetic_batch(config, step, packed), context)
         losses.append(compute_gradients(model, batch, rows, context, shared).tolist())
         norm = gradient_norm(shared.parameters.values(), context)
@@ -104,6 +105,7 @@ def observe(config: RunConfig, context: ParallelContext, steps: int = 3, packed:
                 for name, part in logical_parts(key, p, torch.zeros_like(p) if p.grad is None else p.grad).items()
             }
         update(shared.parameters.values(), optimizer, config.optim.clip_grad_norm, norm)
+        weights_changed(model)
         balance.update_bias()
     weights = model_tensors(model, shared.parameters)
     tensors = gradients | {f"weight.{name.removeprefix('model.')}": _copy(part) for name, part in weights.items()}

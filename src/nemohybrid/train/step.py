@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.stage import Stage
-from nemohybrid.parallel.collectives import sum_over
+from nemohybrid.parallel.collectives import largest_over, sum_over
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.data import DataRanks, Replicated
 from nemohybrid.parallel.gradients import clip_gradients
@@ -80,3 +81,10 @@ def update(
         clip_gradients(parameters, norm, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def weights_changed(model: HybridModel) -> None:
+    """After an update: quantized weights are made anew, and delayed scaling takes up what it has seen. Collective."""
+    model.clock.weights_changed()
+    if model.precision is not None:
+        model.precision.after_step(partial(largest_over, group=model.context.stage))

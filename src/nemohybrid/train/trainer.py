@@ -19,7 +19,7 @@ from nemohybrid.config.ranks import microbatch
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import TrainingError
 from nemohybrid.observe.metrics import read_metrics
-from nemohybrid.parallel.collectives import largest, largest_over
+from nemohybrid.parallel.collectives import largest
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
 from nemohybrid.train.balance import LoadBalance
@@ -34,7 +34,7 @@ from nemohybrid.train.optimizer import build_optimizer, set_learning_rate, start
 from nemohybrid.train.schedule import learning_rate
 from nemohybrid.train.signals import StopSignals
 from nemohybrid.train.state import model_tensors, run_tensors
-from nemohybrid.train.step import StepResult, compute_gradients, mtp_metrics, update
+from nemohybrid.train.step import StepResult, compute_gradients, mtp_metrics, update, weights_changed
 
 if TYPE_CHECKING:
     from nemohybrid.train.callbacks.base import Callback
@@ -132,7 +132,7 @@ class Trainer:
         if verdict == NOT_FINITE:
             raise TrainingError(f"step {step}: {self._not_finite(batch, mean_loss, grad_norm)}")
         update(self.parameters.values(), self.optimizer, self.config.optim.clip_grad_norm, norm)
-        self._weights_changed()
+        weights_changed(self.model)
         self.balance.update_bias()
         self.step = step
         self.stopped_by = 0 if self.is_complete else verdict  # a run that is at its end just ends
@@ -147,10 +147,6 @@ class Trainer:
         """What random bits depend on, and whether the recipes of later are due."""
         self.model.clock.step = step
         self.precision.at(self.plan.samples_before(step) * self.config.data.sequence_length)
-
-    def _weights_changed(self) -> None:
-        self.model.clock.weights_changed()
-        self.precision.after_step(partial(largest_over, group=self.context.stage))
 
     def _not_finite(self, batch: Batch, loss: float, norm: float) -> str:
         """Collective."""
