@@ -116,7 +116,7 @@ def train(output: Path, arm: str, seed: int, steps: int, more: Sequence[str]) ->
 
 def step_seconds(lines: Sequence[dict[str, Any]]) -> float | None:
     """The median of a step: noise on a machine with other work, and not on the page."""
-    times = [line["step_time"] for line in lines if "step_time" in line]
+    times = [line["seconds"] for line in lines if "seconds" in line]
     return statistics.median(times) if times else None
 
 
