@@ -1,8 +1,11 @@
 """Who carries a recipe out: the first that can, or the one that was asked for, or an error that says why not."""
 
+import subprocess
+import sys
+from contextlib import nullcontext
+
 import pytest
 import torch
-from torch import nn
 
 from nemohybrid.errors import ConfigError
 from nemohybrid.precision import backends
@@ -16,12 +19,13 @@ CPU = torch.device("cpu")
 
 
 def test_they_are_tried_in_this_order():
-    assert list(BACKENDS) == ["torch_native", "emulated"]
+    assert list(BACKENDS) == ["transformer_engine", "torch_native", "emulated"]
 
 
 def test_auto_takes_the_first_that_can_and_says_why_not_the_others():
     choice = choose(RECIPES["mxfp8"], "auto", CPU)
     assert choice.name == "emulated"
+    assert "not transformer_engine: " in choice.why
     assert "not torch_native: torch multiplies BlockWise1x32 on GPUs only" in choice.why
     assert str(choice) == f"mxfp8: emulated ({choice.why})"
     assert isinstance(choice.gemm(RECIPES["mxfp8"], Slot("a")), EmulatedGemm)
@@ -37,7 +41,7 @@ def test_the_emulation_carries_out_every_recipe_also_for_experts(recipe):
 
 
 def test_what_is_not_quantized_is_plain_whoever_is_asked():
-    choice = choose(RECIPES["bf16"], "torch_native", CPU)
+    choice = choose(RECIPES["bf16"], "transformer_engine", CPU)
     assert choice.gemm(RECIPES["bf16"], Slot("a")) is plain_gemm
 
 
@@ -46,14 +50,21 @@ def test_who_was_asked_for_and_cannot_is_never_replaced():
         choose(RECIPES["fp8_block"], "torch_native", CPU)
     with pytest.raises(ConfigError, match=r"fp8_current of experts: .* no stacked experts; a rule {role: expert"):
         choose(RECIPES["fp8_current"], "torch_native", CPU, experts=True)
-    with pytest.raises(ConfigError, match="no backend 'torch'. Legal: 'auto', 'torch_native'"):
+    with pytest.raises(ConfigError, match=r"no backend 'torch'. Legal: 'auto', 'transformer_engine'"):
         choose(RECIPES["fp8_current"], "torch", CPU)
 
 
-def test_a_backend_is_told_once_of_all_its_recipes(monkeypatch):
-    told = []
-    own = Backend("own", lambda *_: None, EmulatedGemm, around=lambda model, recipes: told.append((model, recipes)))
+def test_a_backend_makes_the_context_of_all_its_recipes(monkeypatch):
+    told, context = [], nullcontext
+    own = Backend("own", lambda *_: None, EmulatedGemm, around=lambda recipes: told.append(recipes) or context)
     monkeypatch.setattr(backends, "BACKENDS", {"own": own, **BACKENDS})
-    names, model = ("fp8_current", "bf16", "mxfp8"), nn.Identity()
-    surround(model, [choose(RECIPES[name], "own", CPU) for name in names])
-    assert told == [(model, [RECIPES["fp8_current"], RECIPES["mxfp8"]])]
+    names = ("fp8_current", "bf16", "mxfp8")
+    assert surround([choose(RECIPES[name], "own", CPU) for name in names]) is context
+    assert told == [[RECIPES["fp8_current"], RECIPES["mxfp8"]]]
+    assert surround([]) is nullcontext
+
+
+def test_nothing_is_imported_that_is_not_there():
+    """Choosing looks for Transformer Engine and does not need it."""
+    code = "import sys, nemohybrid.precision.backends; assert 'transformer_engine' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -62,8 +62,8 @@ class Binding:
             delayed = next((recipe for recipe in row.recipes if recipe.is_delayed), None)
             self.sites[number] = site if delayed is None else site.with_scales(delayed, device)
             self.rows.append(row)
+        self.region = surround(self.choices)
         self._fill()
-        surround(model, self.choices)
 
     @property
     def choices(self) -> list[Choice]:

@@ -1,6 +1,7 @@
 """The microbatches of a step on their way through the stages of a model. A model that no pipeline cuts has one stage."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -42,7 +43,8 @@ class Passes:
     def _numbered(self, forward: StageForward) -> Callable[[int, int, Tensor | None], Tensor]:
         def numbered(number: int, microbatch: int, x: Tensor | None) -> Tensor:
             self.model.clock.microbatch = microbatch
-            return forward(self.stages[number], microbatch, x)
+            with self.model.precision.region() if self.model.precision else nullcontext():
+                return forward(self.stages[number], microbatch, x)
 
         return numbered
 

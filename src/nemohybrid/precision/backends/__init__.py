@@ -1,13 +1,15 @@
 """Who carries a recipe out: chosen by name, or the first that can. Nothing falls back silently."""
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 
 from nemohybrid.errors import ConfigError
+from nemohybrid.precision.backends import transformer_engine
 from nemohybrid.precision.backends.emulated import EmulatedGemm
 from nemohybrid.precision.backends.emulated_experts import expert_products
 from nemohybrid.precision.backends.torch_native import NativeGemm
@@ -20,6 +22,8 @@ from nemohybrid_kernels.backend import decide
 from nemohybrid_kernels.errors import BackendError
 from nemohybrid_kernels.moe.products import Products
 
+Region = Callable[[], AbstractContextManager[Any]]
+
 
 def _none(recipe: GemmRecipe, device: torch.device) -> str | None:
     return None
@@ -30,15 +34,15 @@ class Backend:
     """obstacle(recipe, device): why it cannot carry out a recipe there, and how it could; None where it can. gemm: fills the
     slot of a layer. experts: the products of one of their stacked matrices, where it has any.
 
-    around(model, recipes): called once when the slots of a model are filled, with the recipes that this backend carries out in
-    it. Raises ConfigError for what does not go together.
+    around(recipes): called once before the slots of a model are filled, with the recipes that this backend carries out in it.
+    What it returns makes a context for each forward pass. Raises ConfigError for what does not go together.
     """
 
     name: str
     obstacle: Callable[[GemmRecipe, torch.device], str | None]
     gemm: Callable[[GemmRecipe, Slot], Gemm]
     experts: Callable[[GemmRecipe, Slot], Products] | None = None
-    around: Callable[[nn.Module, Collection[GemmRecipe]], None] | None = None
+    around: Callable[[Collection[GemmRecipe]], Region] | None = None
 
     def obstacle_of(self, recipe: GemmRecipe, experts: bool, device: torch.device) -> str | None:
         """The same for a `Linear` or for stacked experts."""
@@ -50,6 +54,12 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend(
+            "transformer_engine",
+            transformer_engine.obstacle,
+            transformer_engine.EngineGemm,
+            around=transformer_engine.around,
+        ),
         Backend("torch_native", torch_obstacle, NativeGemm),
         Backend("emulated", _none, EmulatedGemm, expert_products),
     )
@@ -95,8 +105,10 @@ def choose(recipe: GemmRecipe, wanted: str, device: torch.device, *, experts: bo
     return Choice(recipe, BACKENDS[found.backend], found.why)
 
 
-def surround(model: nn.Module, choices: Collection[Choice]) -> None:
-    """What backends do once all slots of a model are filled by `choices`. Raises ConfigError for what does not go together."""
+def surround(choices: Collection[Choice]) -> Region:
+    """What makes the context of each forward pass of a model whose slots are filled by `choices`. Raises ConfigError for what
+    does not go together."""
     for backend in {choice.name: choice.backend for choice in choices}.values():
         if backend.around is not None:
-            backend.around(model, [choice.recipe for choice in choices if choice.backend == backend])
+            return backend.around([choice.recipe for choice in choices if choice.backend == backend])
+    return nullcontext

@@ -111,7 +111,8 @@ class NativeGemm:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I], weight [O, I], bias [O] -> [..., O] in x's dtype."""
-        place = self.slot.clock.place if self.recipe.is_stochastic else NOWHERE  # a graph would be made anew for each step
+        # Where nothing depends on the step, a graph must not: it would be made anew for each.
+        place = self.slot.clock.place if self.recipe.is_stochastic else NOWHERE
         return _Multiply.apply(x, weight, bias, self, place)  # pyright: ignore[reportReturnType]
 
     def weight(self, weight: Tensor, operand: Operand, dtype: torch.dtype, transposed: bool) -> Packed:
