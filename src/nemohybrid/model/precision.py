@@ -1,11 +1,11 @@
 """The products of a built model that a recipe can take over, each with its place and with how ranks share it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.layer import Layer
@@ -13,7 +13,7 @@ from nemohybrid.model.linear import Linear
 from nemohybrid.model.moe.layer import Experts
 from nemohybrid.parallel.collectives import largest_over
 from nemohybrid.parallel.context import Group, ParallelContext
-from nemohybrid.parallel.layout import ParamLayout, layout_of
+from nemohybrid.parallel.layout import layout_of
 from nemohybrid.precision.binding import Site
 from nemohybrid.precision.clock import Clock
 from nemohybrid.precision.place import ROLES
@@ -57,38 +57,34 @@ def _of_layer(layer: nn.Module, name: str, where: Slot, context: ParallelContext
 
 
 def _linear(module: Linear, slot: Slot, context: ParallelContext) -> Site:
-    layout = layout_of(module.weight)
+    """Where a matrix is not cut, ranks have other tokens under sequence parallelism, or compute the same."""
+    layout, group = layout_of(module.weight), context.tensor
     outputs, inputs = layout.tensor_shape
-    slot = replace(slot, outputs=outputs, inputs=inputs, **_shared(layout, context))
-    return Site(slot, module)
+    shared: dict[str, Any] = {}
+    if layout.shard is not None:
+        shared = _shared(layout.shard.axis, group)
+    elif layout.partial == "tokens" and context.sequence:
+        shared = {"parts": _largest(("x", "dy"), group), "part": group.rank}
+    return Site(replace(slot, outputs=outputs, inputs=inputs, **shared), module)
 
 
 def _stacked(module: Experts, matrix: str, slot: Slot, context: ParallelContext) -> Site:
+    """Experts on ranks of their own have other tokens on each."""
     layout = layout_of(getattr(module, matrix))
     many, outputs, inputs = layout.tensor_shape
-    group = context.experts.tensor if context.experts is not None else context.tensor
     assert layout.shard is not None, "experts are always shared"
-    parts = _largest(CUT[layout.shard.axis - 1], group)
-    slot = replace(slot, outputs=outputs, inputs=inputs, experts=many, parts=parts, part=context.tensor.rank)
-    return Site(slot, module, matrix)
+    axis = layout.shard.axis - 1
+    shared = _shared(axis, context.tensor)
+    if context.experts is not None:
+        shared = _shared(axis, context.experts.tensor) | {"part": context.tensor.rank}
+    return Site(replace(slot, outputs=outputs, inputs=inputs, experts=many, **shared), module, matrix)
 
 
-def _shared(layout: ParamLayout, context: ParallelContext) -> dict[str, Any]:
-    """How tensor ranks share a product: `parts` and `part` of its slot.
-
-    Where inputs are cut, all have the same gradient, round it alike, and one rank alone would too. Where nobody's part is cut
-    they have other tokens under sequence parallelism, or compute the same.
-    """
-    group = context.tensor
-    if group.size == 1:
-        return {}
-    if layout.shard is not None:
-        return {"parts": _largest(CUT[layout.shard.axis], group), "part": group.rank if layout.shard.axis == 0 else 0}
-    if layout.partial == "tokens" and context.sequence:
-        return {"parts": _largest(("x", "dy"), group), "part": group.rank}
-    return {}
+def _shared(axis: int, group: Group) -> dict[str, Any]:
+    """`parts` and `part` of a slot whose matrix is cut along an axis. Where inputs are, all ranks have the same gradient, and
+    round it alike, as one rank alone would."""
+    return {"parts": _largest(CUT[axis], group), "part": group.rank if axis == 0 else 0}
 
 
 def _largest(tensors: tuple[str, ...], group: Group) -> dict[str, Amax]:
-    largest: Callable[[Tensor], Tensor] = partial(largest_over, group=group)
-    return dict.fromkeys(tensors, largest) if group.size > 1 else {}
+    return dict.fromkeys(tensors, partial(largest_over, group=group)) if group.size > 1 else {}
