@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": "continue prompts:         nemohybrid generate --checkpoint runs/quickstart --prompt 'ROMEO.'",
     "params": "count a model:            nemohybrid params model=nemotron_h_8b",
     "parity": "check a layout:           nemohybrid parity model=tiny parallel.tensor=2",
+    "doctor": "what runs here, and how:  nemohybrid doctor",
     "plan": "look at a pipeline:       nemohybrid plan pipeline model=tiny parallel.pipeline=2",
     "import-hf": "weights of others:        nemohybrid import-hf --input FOLDER --output runs/imported",
     "export-hf": "weights for others:       nemohybrid export-hf --checkpoint runs/quickstart --output FOLDER",

@@ -26,7 +26,10 @@ def test_auto_takes_the_first_that_can_and_says_why_not_the_others():
     choice = choose(RECIPES["mxfp8"], "auto", CPU)
     assert choice.name == "emulated"
     assert "not transformer_engine: " in choice.why
-    assert "not torch_native: torch multiplies BlockWise1x32 on GPUs only" in choice.why
+    assert (
+        "not torch_native: torch multiplies MXFP8 from compute capability 10.0 on (Blackwell), and on no CPU"
+        in choice.why
+    )
     assert str(choice) == f"mxfp8: emulated ({choice.why})"
     assert isinstance(choice.gemm(RECIPES["mxfp8"], Slot("a")), EmulatedGemm)
 
@@ -46,7 +49,7 @@ def test_what_is_not_quantized_is_plain_whoever_is_asked():
 
 
 def test_who_was_asked_for_and_cannot_is_never_replaced():
-    with pytest.raises(ConfigError, match=r"fp8_block: backend 'torch_native' cannot run on cpu: .*GPUs only"):
+    with pytest.raises(ConfigError, match=r"fp8_block: backend 'torch_native' cannot run on cpu: .*on no CPU"):
         choose(RECIPES["fp8_block"], "torch_native", CPU)
     with pytest.raises(ConfigError, match=r"fp8_current of experts: .* no stacked experts; a rule {role: expert"):
         choose(RECIPES["fp8_current"], "torch_native", CPU, experts=True)

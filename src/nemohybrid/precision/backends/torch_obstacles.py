@@ -21,6 +21,16 @@ PAIRS = {
     ("BlockWise1x16", "BlockWise1x16"),
 }
 """Scales of two operands that torch multiplies."""
+LEAST = {TENSORWISE: (8, 9), "BlockWise1x32": (10, 0), "BlockWise1x16": (10, 0)}
+"""Compute capability from which on tensor cores have such products; blocks of 128 are for 9.0 alone."""
+BLOCKS_OF_128 = "blocks of 128 with compute capability 9.0 (Hopper) and CUDA 12.9 or newer"
+NEEDS = {
+    TENSORWISE: "FP8 from compute capability 8.9 on (Ada, Hopper)",
+    "BlockWise1x128": BLOCKS_OF_128,
+    "BlockWise128x128": BLOCKS_OF_128,
+    "BlockWise1x32": "MXFP8 from compute capability 10.0 on (Blackwell)",
+    "BlockWise1x16": "NVFP4 from compute capability 10.0 on (Blackwell)",
+}
 
 
 def obstacle(recipe: GemmRecipe, device: torch.device) -> str | None:
@@ -59,19 +69,18 @@ def _no_hardware(of: Product, device: torch.device) -> str | None:
     if not hasattr(F, "scaled_mm") and (way != TENSORWISE or not hasattr(torch, "_scaled_mm")):
         return f"torch {torch.__version__} has no scaled_mm for {way}; 2.11 has"
     if device.type == "cpu":
-        return None if way == TENSORWISE else f"torch multiplies {way} on GPUs only"
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return f"torch multiplies narrow numbers on NVIDIA GPUs and CPUs, and this is {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    has = f"it has {major}.{minor}"
-    if way.startswith("BlockWise1x128") or way.startswith("BlockWise128"):
-        if major != 9:
-            return f"torch multiplies blocks of 128 with compute capability 9.0 (Hopper) only, {has}"
-        cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-        return None if cuda >= (12, 9) else f"blocks of 128 need CUDA 12.9, torch was built for {torch.version.cuda}"
-    if way != TENSORWISE:
-        return None if major >= 10 else f"{way} needs compute capability 10.0 (Blackwell), {has}"
-    return None if (major, minor) >= (8, 9) else f"FP8 needs compute capability 8.9 (Ada, Hopper), {has}"
+        return None if way == TENSORWISE else f"torch multiplies {NEEDS[way]}, and on no CPU"
+    if device.type != "cuda":
+        return f"torch multiplies narrow numbers on NVIDIA GPUs and CPUs only, and this is {device.type}"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if (capability[0] != 9) if "128" in way else (capability < LEAST[way]):
+        return f"torch multiplies {NEEDS[way]}, it has {capability[0]}.{capability[1]}"
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    if "128" in way and cuda < (12, 9):
+        return f"torch multiplies {NEEDS[way]}, and was built for CUDA {torch.version.cuda}"
+    return None
 
 
 @cache

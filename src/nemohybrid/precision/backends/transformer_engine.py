@@ -32,8 +32,10 @@ def obstacle(recipe: GemmRecipe, device: torch.device) -> str | None:
     of = described(recipe)
     if of is None:
         return "Transformer Engine has no recipe with these operands"
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return f"Transformer Engine runs on NVIDIA GPUs, and {device.type} is none that is here"
+    if device.type != "cuda":
+        return "Transformer Engine runs on NVIDIA GPUs only"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU"
     try:
         engine = found()
     except ImportError as error:
