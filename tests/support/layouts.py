@@ -90,7 +90,16 @@ def with_empty_stages() -> ModelConfig:
     return replace(every_option(), pattern="|M*-E||/*E")
 
 
+def blocks() -> ModelConfig:
+    """Widths that blocks divide on one and on two tensor ranks, also those of the parts of in_proj."""
+    sizes = SIZES | {"hidden_size": 64, "mamba_num_heads": 32, "mamba_head_dim": 4, "ssm_state_size": 16}
+    sizes |= {"num_query_groups": 4, "head_dim": 16, "ffn_hidden_size": 128, "num_experts": 4}
+    sizes |= {"moe_ffn_hidden_size": 64, "shared_expert_ffn_hidden_size": 64, "init_std": 0.1}
+    return ModelConfig(pattern="M*-E", router=RouterConfig(aux_loss_weight=0.01), **sizes)
+
+
 MODELS = {
+    "blocks": blocks,
     "with_empty_stages": with_empty_stages,
     "every_option": every_option,
     "latent": latent,
@@ -100,8 +109,8 @@ MODELS = {
 }
 
 
-def run_config(model: str = "every_option", rows: int = 4, **train: object) -> RunConfig:
-    """A run of a tiny model: `rows` rows of 16 tokens a step, one row at a time.
+def run_config(model: str = "every_option", rows: int = 4, recipe: str = "bf16", **train: object) -> RunConfig:
+    """A run of a tiny model: `rows` rows of 16 tokens a step, one row at a time, its products by a `recipe`.
 
     eps keeps Adam from dividing noise by noise: an element whose gradient is 1e-8 would else move by the whole rate in a
     direction that the order of a sum decides.
@@ -110,6 +119,7 @@ def run_config(model: str = "every_option", rows: int = 4, **train: object) -> R
     config.model = MODELS[model]()
     derive_sizes(config.model)
     config.run.seed, config.data.sequence_length = 3, 16
+    config.precision = replace(config.precision, recipe=recipe, backend="emulated" if recipe != "bf16" else "auto")
     config.train = replace(config.train, global_batch=rows, microbatch=1, **train)
     config.optim = replace(config.optim, lr=1e-2, eps=1e-3)
     return config
@@ -176,9 +186,9 @@ class Trial(Comparison):
 
 
 @cache
-def one_rank(model: str, rows: int, steps: int, packed: bool = True) -> Observation:
+def one_rank(model: str, rows: int, steps: int, packed: bool = True, recipe: str = "bf16") -> Observation:
     """What one rank leaves; computed once for all layouts."""
-    return observe(run_config(model, rows), ParallelContext.single(), steps, packed)
+    return observe(run_config(model, rows, recipe), ParallelContext.single(), steps, packed)
 
 
 def compare(
@@ -188,14 +198,15 @@ def compare(
     recompute: str = "none",
     packed: bool = True,
     before: Callable[[], object] = lambda: None,
+    recipe: str = "bf16",
 ) -> Trial:
     """Run both, with two or more microbatches on every data rank.
 
     `recompute` and `before` are of the layout alone: one can change nothing, the other can plant a fault.
     """
     rows = max(4, 2 * layout.data)
-    reference = one_rank(model, rows, steps, packed)
-    config = layout.configured(run_config(model, rows, recompute=recompute))
+    reference = one_rank(model, rows, steps, packed, recipe)
+    config = layout.configured(run_config(model, rows, recipe, recompute=recompute))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 

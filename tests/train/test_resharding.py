@@ -134,11 +134,23 @@ def test_every_layout_goes_on_where_another_ended(under, tmp_path):
     assert any(name.endswith("expert_bias") and tensor.any() for name, tensor in wanted.items())
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2, sequence=True), Layout(data=2, shard=2)], ids=str)
-def test_the_same_layout_twice_is_bitwise_the_same_and_so_is_a_resume(layout, under, tmp_path):
-    under(layout, run, f"run.dir={tmp_path}/first", "train.steps=4")
-    under(layout, run, f"run.dir={tmp_path}/second", "train.steps=4", "train.stop_at=2")
-    under(layout, run, f"run.dir={tmp_path}/second", "train.steps=4")
+@pytest.mark.parametrize(
+    "layout, recipe",
+    [
+        (Layout(tensor=2, sequence=True), "bf16"),
+        (Layout(data=2, shard=2), "bf16"),
+        (Layout(data=2), "nvfp4"),
+        (Layout(tensor=2), "fp8_delayed"),
+    ],
+    ids=str,
+)
+def test_the_same_layout_twice_is_bitwise_the_same_and_so_is_a_resume(layout, recipe, under, tmp_path):
+    """Also where gradients are rounded at random, and where scales are those of steps before."""
+    rules = "" if recipe == "bf16" else '{name: "*.in_proj", recipe: bf16}'  # its widths are odd here
+    how = [f"precision.recipe={recipe}", f"precision.rules=[{rules}]", "train.steps=4"]
+    under(layout, run, f"run.dir={tmp_path}/first", *how)
+    under(layout, run, f"run.dir={tmp_path}/second", *how, "train.stop_at=2")
+    under(layout, run, f"run.dir={tmp_path}/second", *how)
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
     assert_same(tmp_path / "first/checkpoints/step_00000004", tmp_path / "second/checkpoints/step_00000004")
 
