@@ -27,18 +27,24 @@ from nemohybrid.precision.slot import Slot
 NOWHERE = 0, 0, 0
 
 
-def scaled_product(left: Packed, right: Packed, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """left [M, K], right [N, K] -> left right^T + bias [M, N], in fp32, rounded once to `dtype`."""
+def scaled_product(
+    left: Packed, right: Packed, dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool = False
+) -> Tensor:
+    """left [M, K], right [N, K] -> left right^T + bias [M, N], in fp32, rounded once to `dtype`.
+
+    fast: on Hopper FP8 is summed in the accumulators of its tensor cores to the end, which keep 14 bits. Only a benchmark asks.
+    """
     if bias is None:
-        return _scaled_mm(left, right, dtype)
-    return (_scaled_mm(left, right, torch.float32) + bias).to(dtype)
+        return _scaled_mm(left, right, dtype, fast)
+    return (_scaled_mm(left, right, torch.float32, fast) + bias).to(dtype)
 
 
-def _scaled_mm(left: Packed, right: Packed, dtype: torch.dtype) -> Tensor:
+def _scaled_mm(left: Packed, right: Packed, dtype: torch.dtype, fast: bool) -> Tensor:
     a, b = left.codes, right.codes.T
     if not hasattr(F, "scaled_mm"):  # before torch 2.10
         (scale_a,), (scale_b,) = left.scales, right.scales
-        return torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
+        multiply = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+        return multiply(a, b, scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
     return F.scaled_mm(
         a,
         b,
@@ -49,7 +55,7 @@ def _scaled_mm(left: Packed, right: Packed, dtype: torch.dtype) -> Tensor:
         swizzle_a=_swizzles(left),
         swizzle_b=_swizzles(right),
         output_dtype=dtype,
-        use_fast_accum=False,
+        use_fast_accum=fast,
     )
 
 
