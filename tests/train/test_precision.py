@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from nemohybrid.__main__ import main
 from nemohybrid.errors import ConfigError
+from nemohybrid.generate.load import load_for_inference
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.precision.gemm import plain_gemm
@@ -165,3 +166,20 @@ def test_a_rule_about_a_symbol_that_is_not_ours_is_judged_by_the_built_model(con
     object.__setattr__(config.precision, "rules", ({"name": "layers.*.mixer.none", "recipe": "bf16"},))
     with pytest.raises(ConfigError, match=r"rule 0 of precision fits nothing: no product is named"):
         Resolved(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("first, then", [("bf16", "fp8_delayed"), ("fp8_delayed", "bf16"), ("fp8_delayed", "nvfp4")])
+def test_a_run_may_go_on_in_another_precision(first, then, command, tmp_path):
+    assert command(f"precision={first}", *WIDE, "train.stop_at=2") == 0
+    assert command(f"precision={then}", *WIDE, "train.steps=3") == 0
+    saved = weights(tmp_path / "run", 3)
+    assert any(name.startswith("precision.") for name in saved) == (then == "fp8_delayed")
+
+
+def test_weights_of_a_run_with_delayed_scaling_are_those_of_any_model(command, tmp_path):
+    """They are generated with, and a new run starts from them."""
+    assert command("precision=fp8_delayed", *WIDE, "train.steps=1") == 0
+    model, _ = load_for_inference(tmp_path / "run", "cpu")
+    saved = weights(tmp_path / "run", 1)
+    assert torch.equal(model.get_parameter("final_norm.weight"), saved["model.final_norm.weight"])
+    assert command(*WIDE, "train.steps=1", f"init_from={tmp_path}/run", f"run.dir={tmp_path}/new") == 0

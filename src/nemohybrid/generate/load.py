@@ -16,6 +16,7 @@ from nemohybrid.model.init import allocate
 from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import logical_parameters
+from nemohybrid.precision.binding import PREFIX
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -50,6 +51,6 @@ def load_for_inference(
     load_checkpoint(
         checkpoint,
         {f"model.{name}": tensor for name, tensor in tensors.items()},
-        allow_unexpected=("optimizer.", "random."),
+        allow_unexpected=("optimizer.", "random.", PREFIX),
     )
     return model, load_tokenizer(checkpoint)

@@ -13,6 +13,9 @@ from nemohybrid.precision.policy import Chosen, Policy
 from nemohybrid.precision.recipe import GemmRecipe
 from nemohybrid.precision.slot import Slot
 
+PREFIX = "precision."
+"""Of what checkpoints hold of delayed scaling."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -34,11 +37,9 @@ class Site:
         self.module.products = others or None
 
     def with_scales(self, recipe: GemmRecipe, device: torch.device) -> "Site":
-        """The same with what delayed scaling remembers, which becomes a part of the module, and of checkpoints."""
+        """The same with what delayed scaling remembers. It is no part of the model: another recipe, or nobody, may go on."""
         formats = [of.format for of in (recipe.fprop.left, recipe.fprop.right, recipe.dgrad.left)]
-        scales = DelayedScales(formats, device=device)
-        self.module.add_module(f"{self.matrix}_scales" if self.matrix else "scales", scales)
-        return replace(self, slot=replace(self.slot, scales=scales))
+        return replace(self, slot=replace(self.slot, scales=DelayedScales(formats, device=device)))
 
 
 class Binding:
@@ -82,6 +83,11 @@ class Binding:
         if is_late != self.is_late:
             self.is_late = is_late
             self._fill()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a run must save to go on as if it had never stopped, ready to be filled in place."""
+        states = {site.slot.name: site.slot.scales for site in self.sites if site.slot.scales is not None}
+        return {f"{PREFIX}{name}.{key}": value for name, of in states.items() for key, value in of.state_dict().items()}
 
     def after_step(self, largest: Callable[[Tensor], Tensor]) -> None:
         """What delayed scaling does after a step of the optimizer. largest: over the ranks that hold the same layers."""

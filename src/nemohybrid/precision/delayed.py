@@ -18,7 +18,7 @@ LENGTH = 1024
 
 
 class DelayedScales(nn.Module):
-    """Scales of the three tensors of a layer. Its buffers are saved with the weights.
+    """Scales of the three tensors of a layer. Its buffers are saved beside the weights.
 
     scale [3]; history [length, 3]: the largest of each tensor in steps before, the newest at the row that is overwritten last;
     seen [3]: the largest of this step so far.

@@ -19,6 +19,7 @@ from nemohybrid.errors import CheckpointError
 from nemohybrid.model.count import built_parameters
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.layout import Parts, held
+from nemohybrid.precision.binding import PREFIX as SCALES
 from nemohybrid.train.finite import all_finite
 from nemohybrid.train.optimizer import MOMENTS
 from nemohybrid.train.random_streams import PREFIX, RandomStreams
@@ -102,7 +103,8 @@ class Checkpointer:
     def load(self, path: Path, tensors: dict[str, Tensor | Parts]) -> int:
         """Fill this rank's part of model and optimizer in place, whoever saved them; returns the step they are at.
 
-        Random streams go on where the ranks stand as they stood; else they are seeded anew from (seed, step).
+        Random streams go on where the ranks stand as they stood; else they are seeded anew from (seed, step). Delayed scaling
+        begins anew where another recipe was saved.
 
         Raises CheckpointError when the checkpoint is damaged, of other settings, or beyond the end of this run.
         """
@@ -116,7 +118,7 @@ class Checkpointer:
         self._check_settings(path)
         as_it_was = read_state(path).get("layout") == self.random.layout
         streams = {name: s for name, s in self.random.states().items() if as_it_was and name in saved}
-        state = load_checkpoint(path, tensors | streams, allow_unexpected=(PREFIX,))
+        state = load_checkpoint(path, tensors | streams, allow_missing=(SCALES,), allow_unexpected=(PREFIX, SCALES))
         self.random.restore(streams) if streams else self.random.start(state["step"])
         return state["step"]
 

@@ -16,6 +16,7 @@ from nemohybrid.data.tokenizer_base import MODEL_FILE, TOKENIZER_FILE, Tokenizer
 from nemohybrid.errors import CheckpointError
 from nemohybrid.generate.load import find_checkpoint
 from nemohybrid.parallel.layout import Parts
+from nemohybrid.precision.binding import PREFIX
 from nemohybrid.symbols import parse_pattern
 from nemohybrid.train.state import FREE_IN_MODEL, changed_settings
 
@@ -35,7 +36,7 @@ def load_initial_weights(config: RunConfig, tensors: Mapping[str, Tensor | Parts
     checkpoint = find_checkpoint(named)
     _check_same_model(checkpoint, config.model)
     _check_same_tokenizer(checkpoint, tokenizer)
-    others = ("optimizer.", "random.")
+    others = ("optimizer.", "random.", PREFIX)
     load_checkpoint(checkpoint, tensors, allow_unexpected=others, verify_files=checkpoint == named)
     return [f"starting from the weights of {checkpoint}, with a new optimizer at step 0"]
 

@@ -22,6 +22,7 @@ from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.collectives import largest
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import gradient_norm
+from nemohybrid.parallel.layout import Parts
 from nemohybrid.train.balance import LoadBalance
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.build import build_model
@@ -177,10 +178,14 @@ class Trainer:
             self.save()
         return not self.stopped_by
 
+    def _tensors(self) -> dict[str, torch.Tensor | Parts]:
+        """All that this rank saves, and fills to go on."""
+        return run_tensors(self.model, self.optimizer, self.parameters) | self.precision.tensors()
+
     def save(self) -> Path:
         """Write a checkpoint of this moment, once, and tell the callbacks."""
         if self.last_saved is None or self.last_saved[0] != self.step:
-            path = self.checkpoints.save(self.step, run_tensors(self.model, self.optimizer, self.parameters))
+            path = self.checkpoints.save(self.step, self._tensors())
             self.last_saved = self.step, path
             self._tell("on_checkpoint", self, path)
         return self.last_saved[1]
@@ -193,7 +198,7 @@ class Trainer:
             held = model_tensors(self.model, self.parameters)
             return [*notes, *load_initial_weights(self.config, held, self.data.tokenizer)]
         start_state(self.optimizer, 0)
-        self.step = self.checkpoints.load(path, run_tensors(self.model, self.optimizer, self.parameters))
+        self.step = self.checkpoints.load(path, self._tensors())
         start_state(self.optimizer, self.step)
         self._tell_precision(self.step)  # a step that is still to be scored
         self.last_saved = (self.step, path)
