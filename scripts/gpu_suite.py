@@ -13,9 +13,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ class Plan:
     @property
     def device(self) -> str:
         return "cpu" if self.rehearse else "cuda"
+
+
+Rules = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,17 @@ def full_size(plan: Plan) -> Stage:
 def shipped(plan: Plan) -> Stage:
     """Every kernel in every configuration that is shipped."""
     return _long_tests(plan, "shipped")
+
+
+def precision(plan: Plan) -> Stage:
+    """FP8 and NVFP4: bytes, products, a run. What other hardware is for is skipped, and named in the log."""
+    stage = _tests(plan, "precision", 300, f"tests/gpu/{LONG_TESTS['precision']}")
+    return replace(stage, outcome=lambda: _test_counts(plan.out / "precision.xml", OTHER_HARDWARE))
+
+
+def precision_gemm(plan: Plan) -> Stage:
+    """The products of Nemotron-H-8B in low precision and in bf16."""
+    return _benchmark(plan, "precision_gemm", "../precision_gemm.py", gpu_tables.precision, seconds=300)
 
 
 def quickstart(plan: Plan) -> Stage:
@@ -136,17 +150,28 @@ def model_1b(plan: Plan) -> Stage:
     return _benchmark(plan, "model_1b", "models.py", gpu_tables.models, "--only=hybrid_1b", seconds=300)
 
 
-LONG_TESTS = {"full_size": "test_full_size.py", "shipped": "test_shipped_kernels.py"}
+LONG_TESTS = {
+    "full_size": "test_full_size.py",
+    "shipped": "test_shipped_kernels.py",
+    "precision": "test_precision_on_gpu.py",
+}
 """Stage -> its file in tests/gpu."""
+OTHER_HARDWARE = [
+    ("tests/gpu/test_precision_on_gpu.py*", "*ompute capability*"),
+    ("tests/gpu/test_precision_on_gpu.py*", "transformer_engine is not installed*"),
+]
+"""Tests and reasons for which they may be skipped, and count as that."""
 PARTS = {
     "checks": (tests, quickstart, nccl, throughput),
     "full_size": (full_size,),
     "shipped": (shipped,),
+    "precision": (precision,),
     "kernels": (kernels,),
     "roofline": (roofline,),
     "layers": (layers,),
     "model_4b": (model_4b,),
     "model_1b": (model_1b,),
+    "precision_gemm": (precision_gemm,),
 }
 """In the order in which they run. The limits of each part sum up to less than 9 minutes."""
 STAGES = tuple(stage for part in PARTS.values() for stage in part)
@@ -191,8 +216,8 @@ def _train(plan: Plan, name: str, *overrides: str) -> list[str]:
     return [*_python("nemohybrid"), "train", *overrides, *place, "logging.console=lines"]
 
 
-def _test_counts(report: Path) -> Outcome:
-    lines, well = verdict(read_report(report), rules=[])
+def _test_counts(report: Path, rules: Rules = ()) -> Outcome:
+    lines, well = verdict(read_report(report), list(rules))
     if not well:
         raise StageError("; ".join(lines))
     return Outcome({"tests": lines[-1]})

@@ -2,7 +2,8 @@
 # What only a GPU can show: its tests, a bf16 quickstart, NCCL, and how fast kernels, layers and models are, beside those of
 # others where they are found. Needs a CUDA machine with torch, and no internet:
 #   bash scripts/gpu_suite.sh [--out DIR] [--only PART]...     DIR: a new one in runs/; PART: checks, full_size, shipped, kernels,
-#                                    roofline, layers, model_4b, model_1b, or a stage of checks; each ends within 9 minutes
+#                                    roofline, layers, model_4b, model_1b, precision, precision_gemm, or a stage of checks;
+#                                    each ends within 9 minutes
 #   bash scripts/gpu_suite.sh --rehearse                        the same stages, small and on the CPU
 #   NEMOHYBRID_WHEELHOUSE=FOLDER     what scripts/wheelhouse.sh collected (default: wheelhouse in the clone; empty: the
 #                                    Python here has everything)

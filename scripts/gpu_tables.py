@@ -92,6 +92,21 @@ def models(found: Entry) -> Outcome:
     return Outcome(figures, lines)
 
 
+def precision(found: Entry) -> Outcome:
+    """Of precision_gemm.py: a line for each shape, and of each recipe and side how much faster all layers of the model are."""
+    outcome, sums = Outcome(), dict[str, tuple[float, float]]()
+    for e in found["shapes"]:
+        start, bf16 = f"{e['recipe']:14}{e['shape']:12}[{e['outputs']}, {e['inputs']}]", e["layer_ms"]["bf16"]
+        for side, ms in e["layer_ms"].items():
+            if side != "bf16":
+                one, other = sums.get(name := f"{e['recipe']} by {side}", (0.0, 0.0))
+                sums[name] = one + bf16 * e["count"], other + ms * e["count"]
+                outcome.lines.append(f"{start}  {side} {ms:.3f} ms, bf16 {bf16:.3f} ms  {bf16 / ms:.2f}")
+        outcome.lines += [f"{start}  {side} has no time: {why}" for side, why in e["faults"].items()]
+    outcome.figures = {name: f"{bf16 / ms:.2f} times bf16" for name, (bf16, ms) in sums.items()}
+    return outcome
+
+
 def _speed(entry: Entry) -> str:
     if entry["tokens_per_second"] is None:
         return entry["fault"] or "no time"

@@ -80,6 +80,20 @@ def test_bytes_are_the_numerics_in_the_order_of_the_hardware(operand, shape):
     torch.testing.assert_close(got[: shape[0], : shape[1]].float(), wanted.dequantize(), rtol=3e-7, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own doing
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+def test_what_is_compiled_on_a_gpu_has_the_same_bytes(fmt, monkeypatch):
+    """Here with the compiler for CPUs: nothing is divided in what it is given, and a cast rounds as torch's."""
+    operand, slot, x = Operand("current", fmt), Slot("a"), tensors(80, 48, 16)[0]
+    eager = [prepare(t, operand, slot, "x") for t in (x, x.T)]
+    monkeypatch.setattr(torch_native, "_fast", lambda function, x: torch_native._compiled(function))
+    compiled = [prepare(t, operand, slot, "x") for t in (x, x.T)]
+    for got, wanted in zip(compiled, eager, strict=True):
+        assert torch.equal(got.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
+        assert got.codes.is_contiguous()
+        assert torch.equal(*(of.scales[0] for of in (got, wanted)))
+
+
 def _names(packed):
     return [getattr(F.ScalingType, way) for way in packed.ways], torch_native._swizzles(packed)
 

@@ -130,7 +130,8 @@ def test_a_benchmark_that_fails_leaves_the_figures_it_had(suite, tmp_path):
 @pytest.mark.parametrize("rehearse", [True, False], ids=["rehearsed", "in earnest"])
 def test_benchmarks_are_called_with_arguments_that_they_have(suite, monkeypatch, tmp_path, rehearse):
     monkeypatch.syspath_prepend(str(ROOT / "scripts/bench/kernels"))
-    for make in (suite.kernels, suite.roofline, suite.layers, suite.model_4b, suite.model_1b):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/bench"))
+    for make in (suite.kernels, suite.roofline, suite.layers, suite.model_4b, suite.model_1b, suite.precision_gemm):
         stage = make(suite.Plan(tmp_path, rehearse))
         options = importlib.import_module(Path(stage.command[1]).stem)._parse(stage.command[2:])
         assert (options.rehearse, options.out) == (rehearse, tmp_path / f"{stage.name}.json")
@@ -149,7 +150,12 @@ def test_a_part_or_a_stage_of_the_checks_can_be_chosen(suite, tmp_path):
 def test_every_file_of_gpu_tests_belongs_to_one_stage(suite, tmp_path):
     plan = suite.Plan(tmp_path, True)
     ignored = [word.partition("=")[2] for word in suite.tests(plan).command if word.startswith("--ignore=")]
-    alone = [word for make in (suite.full_size, suite.shipped) for word in make(plan).command if "tests/gpu" in word]
+    alone = [
+        word
+        for make in (suite.full_size, suite.shipped, suite.precision)
+        for word in make(plan).command
+        if "tests/gpu" in word
+    ]
     assert sorted(ignored) == sorted(alone)
     assert all((ROOT / file).is_file() for file in alone)
 
@@ -210,6 +216,20 @@ def test_skipped_gpu_tests_are_a_failure(suite, tmp_path):
     report.write_text(f"<testsuites><testsuite><testcase name='u'/>{skipped}</testsuite></testsuites>")
     with pytest.raises(suite.StageError, match="NOT ALLOWED"):
         suite._test_counts(report)
+
+
+def test_only_tests_for_other_hardware_may_be_skipped_and_count_as_that(suite, tmp_path):
+    report, file = tmp_path / "report.xml", "tests/gpu/test_precision_on_gpu.py"
+
+    def written(reason: str) -> None:
+        skipped = f'<testcase file="{file}" classname="a" name="t"><skipped message="{reason}"/></testcase>'
+        report.write_text(f"<testsuites><testsuite><testcase name='u'/>{skipped}</testsuite></testsuites>")
+
+    written("torch multiplies NVFP4 from compute capability 10.0 on (Blackwell), it has 9.0")
+    assert suite._test_counts(report, suite.OTHER_HARDWARE).figures == {"tests": "1 passed, 0 failed, 1 skipped"}
+    written("torch 2.13.0 refuses: CUBLAS_STATUS_NOT_SUPPORTED")
+    with pytest.raises(suite.StageError, match="NOT ALLOWED"):
+        suite._test_counts(report, suite.OTHER_HARDWARE)
 
 
 def test_the_limits_of_every_part_leave_room_in_nine_minutes(suite, tmp_path):

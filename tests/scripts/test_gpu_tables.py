@@ -89,3 +89,20 @@ def test_layers_and_models_show_every_side(module, outcome):
     assert found.figures == {"tokens_per_second": 1.2e6, "mfu": 0.455}
     assert found.lines[1].endswith("46% MFU, 3.00 GiB, recompute layer")
     assert "no room" in found.lines[2]
+
+
+def test_products_in_low_precision_count_as_often_as_the_model_has_them(module, outcome, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
+    result = module("precision_gemm").Result
+    shapes = [
+        result("- fc1", 21504, 4096, 3, 8192, "fp8_current", {"bf16": 4.0, "torch_native": 2.0}),
+        result("M in_proj", 18560, 4096, 1, 8192, "fp8_current", {"bf16": 4.0, "torch_native": 8.0}),
+        result("* qkv", 6144, 4096, 1, 8192, "fp8_current", {"bf16": 1.0}, faults={"torch_native": "is 1.0e-02 off"}),
+    ]
+    found = outcome("precision", peer="", shapes=[asdict(shape) for shape in shapes])
+    assert found.figures == {"fp8_current by torch_native": "1.14 times bf16"}
+    assert found.lines == [
+        "fp8_current   - fc1       [21504, 4096]  torch_native 2.000 ms, bf16 4.000 ms  2.00",
+        "fp8_current   M in_proj   [18560, 4096]  torch_native 8.000 ms, bf16 4.000 ms  0.50",
+        "fp8_current   * qkv       [6144, 4096]  torch_native has no time: is 1.0e-02 off",
+    ]
