@@ -118,7 +118,9 @@ def test_every_argument_of_super_is_translated_or_named():
     assert [g.shown for g in silent] == []
     assert remarks(now, UNKNOWN) == ""
     assert remarks(now, CONTRADICTION) == ""
-    assert "--fp8-recipe mxfp8" in remarks(now, NO_COUNTERPART)
+    assert "--fp8-param-gather" in remarks(now, NOT_NEEDED)
+    assert now.overrides["precision.recipe"] == "mxfp8"
+    assert now.overrides["precision.rules"] == [{"layers": ["first 1", "last 14"], "recipe": "bf16"}]
     assert (now.overrides["parallel.tensor"], now.overrides["parallel.sequence"]) == (2, True)
     assert (now.overrides["parallel.expert"], "parallel.expert_tensor" in now.overrides) == (64, False)
     assert "data.train" in remarks(now, TO_GIVE)
@@ -171,7 +173,8 @@ def test_a_dump_of_a_bridge_recipe_is_read_by_section():
     assert now.overrides["data.train"] == {"/data/web": 0.7, "/data/code": 0.3}
     assert "model.seq_length=131072" in remarks(now, CONTRADICTION)
     assert "model.some_future_field=3" in remarks(now, UNKNOWN)
-    assert "nanov2_bf16_with_fp8" in remarks(now, NO_COUNTERPART)
+    assert "nanov2_bf16_with_fp8_current_scaling_mixed: fp8_block has gradients in E4M3" in remarks(now, NO_COUNTERPART)
+    assert now.overrides["precision.recipe"] == "fp8_block"
     assert remarks(now, DEFAULT) == "", "a dump has every field: nothing is assumed"
 
 
@@ -390,7 +393,10 @@ def test_contradictions_are_said(translated, arguments, said):
         ("", "every norm here is an RMSNorm (Megatron-LM's default)"),
         ("", "there is no dropout (Megatron-LM's default)"),
         ("--fp16", "bfloat16 or float32"),
-        ("--fp8-format hybrid", "nothing is quantized"),
+        ("--fp8-format hybrid", "the largest of 1024 steps"),
+        ("--fp8-format e4m3 --fp8-recipe tensorwise", "fp8_current has gradients in E5M2 here"),
+        ("--fp8-format hybrid --fp8-recipe custom", "the user's own code"),
+        ("--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-dot-product-attention", "which product has which recipe"),
         ("--optimizer muon", "AdamW is the only optimizer"),
         ("--lr-decay-style inverse-square-root", "wsd, cosine and constant"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 9 --lr-wsd-decay-style 1-sqrt", "style 1-sqrt: decays are linear"),

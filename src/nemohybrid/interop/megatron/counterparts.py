@@ -15,7 +15,8 @@ FILES = (
 )
 LOGS = "metrics.jsonl has a line a step; logging.tensorboard and logging.wandb send it on"
 MEMORY = "corpora are memory-mapped and loaded by the trainer itself"
-LOW_PRECISION = "matrices multiply in model.dtype; nothing is quantized yet (precision.recipe)"
+LOW_PRECISION = "which product has which recipe is all that is translated (precision.recipe, precision.rules)"
+STORED = "weights are fp32, sent in model.dtype and quantized where they are multiplied"
 PATTERN = "the pattern alone says what the model is"
 DISPATCH = "no token is dropped; parallel.dispatcher says who takes tokens to experts on other ranks"
 AFTERWARDS = "of inference or reinforcement learning: generation is a command of its own"
@@ -108,11 +109,12 @@ RULES: tuple[tuple[str, str, str], ...] = (
         "of the launcher, not of the model",
     ),
     (
-        r"fp8.*|fp4.*|first_last_layers_bf16|num_layers_at_(start|end)_in_bf16|keep_.*_in_bf16",
-        NO_COUNTERPART,
-        LOW_PRECISION,
+        r"(mixed_precision\.)?((fp8|fp4)_param(_gather)?|fp8_interval|reuse_grad_buf.*)",
+        NOT_NEEDED,
+        STORED,
     ),
-    (r"mixed_precision\..*|te_precision_config_file|quant_recipe|reuse_grad_buf.*", NO_COUNTERPART, LOW_PRECISION),
+    (r"(mixed_precision\.)?(fp8|fp4)_.*|keep_.*_in_bf16|tp_only_amax_red", NO_COUNTERPART, LOW_PRECISION),
+    (r"mixed_precision\..*", NO_COUNTERPART, LOW_PRECISION),
     (
         r"use_precision_aware_optimizer|optimizer_cpu_offload|.*offload.*",
         NO_COUNTERPART,

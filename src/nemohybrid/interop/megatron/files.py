@@ -112,6 +112,11 @@ def read_arguments(path: Path) -> Arguments:
     return arguments
 
 
+def read_yaml(path: Path) -> Any:
+    """Plain values. Raises ConfigError as `read_arguments` does."""
+    return _yaml(_text(path), path)
+
+
 def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:

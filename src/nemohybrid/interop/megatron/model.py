@@ -170,10 +170,6 @@ def _dtype(now: Translation) -> None:
     brain = arguments.flag("bf16") or arguments.flag("mixed_precision.bf16") or "bf16" in recipe
     if half:
         now.no_counterpart("fp16", "models compute in bfloat16 or float32 (model.dtype)")
-    if recipe not in ("", "bf16_mixed"):
-        now.no_counterpart(
-            "mixed_precision.mixed_precision", "matrices multiply in model.dtype; nothing is quantized yet"
-        )
     if brain or arguments.defaults:
         now.put("model.dtype", "bfloat16" if brain or half else "float32", "bf16", "fp16")
 

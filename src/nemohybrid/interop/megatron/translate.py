@@ -6,6 +6,7 @@ from nemohybrid.interop.megatron.arguments import NOT_NEEDED, UNKNOWN
 from nemohybrid.interop.megatron.counterparts import verdict
 from nemohybrid.interop.megatron.files import read_arguments
 from nemohybrid.interop.megatron.model import translate_model
+from nemohybrid.interop.megatron.precision import translate_precision
 from nemohybrid.interop.megatron.training import translate_training
 from nemohybrid.interop.megatron.translation import Translation
 
@@ -15,6 +16,7 @@ def translate(path: Path) -> Translation:
     now = Translation(read_arguments(path))
     translate_model(now)
     translate_training(now)
+    translate_precision(now, path.parent)
     _judge_the_rest(now)
     return now
 
