@@ -24,7 +24,7 @@ from nemohybrid.precision.recipe import BF16, E5M2, RECIPES, GemmRecipe, Operand
 from nemohybrid.precision.slot import Slot
 
 CPU = torch.device("cpu")
-SQUARE = Operand("block", "e4m3", square=True)
+SQUARE, E4M3_LINES = Operand("block", "e4m3", square=True), Operand("block", "e4m3")
 NATIVE = [name for name, r in RECIPES.items() if r.is_quantized and not name.startswith("mor")]
 ON_CPU = ["fp8_current", "fp8_delayed"]
 OPERANDS = {operand: None for name in NATIVE for operand in RECIPES[name].operands}
@@ -81,10 +81,17 @@ def test_bytes_are_the_numerics_in_the_order_of_the_hardware(operand, shape):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own doing
-@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
-def test_what_is_compiled_on_a_gpu_has_the_same_bytes(fmt, monkeypatch):
+@pytest.mark.parametrize(
+    "operand",
+    [
+        Operand("current", "e4m3"),
+        *(pytest.param(of, marks=pytest.mark.slow) for of in (Operand("current", "e5m2"), SQUARE, E4M3_LINES)),
+    ],
+    ids=str,
+)
+def test_what_is_compiled_on_a_gpu_has_the_same_bytes(operand, monkeypatch):
     """Here with the compiler for CPUs: nothing is divided in what it is given, and a cast rounds as torch's."""
-    operand, slot, x = Operand("current", fmt), Slot("a"), tensors(80, 48, 16)[0]
+    slot, x = Slot("a"), tensors(80, 272, 16)[0]
     eager = [prepare(t, operand, slot, "x") for t in (x, x.T)]
     monkeypatch.setattr(torch_native, "_fast", lambda function, x: torch_native._compiled(function))
     compiled = [prepare(t, operand, slot, "x") for t in (x, x.T)]

@@ -67,10 +67,10 @@ def pack(of: Quantized, operand: Operand) -> Packed:
         return Packed(two_a_byte(of.values), scales, (way, TENSORWISE))
     dtype = FORMATS[operand.format].dtype
     assert dtype is not None
-    return Packed(of.values.to(dtype).contiguous(), (_arranged(of.scale, way),), (way,))
+    return Packed(of.values.to(dtype).contiguous(), (arranged(of.scale, way),), (way,))
 
 
-def _arranged(scale: Tensor, way: str) -> Tensor:
+def arranged(scale: Tensor, way: str) -> Tensor:
     """The scales of a tensor in FP8."""
     match way:
         case "BlockWise1x128":

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from nemohybrid.precision import numerics
 from nemohybrid.precision.backends.emulated import quantize
-from nemohybrid.precision.backends.packed import MULTIPLES, TENSORWISE, WAYS, Packed, pack, padded
+from nemohybrid.precision.backends.packed import MULTIPLES, TENSORWISE, WAYS, Packed, arranged, pack, padded
 from nemohybrid.precision.formats import FORMATS, Format
 from nemohybrid.precision.hadamard import filled_up
 from nemohybrid.precision.recipe import GemmRecipe, Operand
@@ -68,18 +68,24 @@ def prepare(x: Tensor, operand: Operand, slot: Slot, which: str, random: Tensor 
     """x [M, K] as it is multiplied, M and K with zeros up to multiples. which: "x", "w" or "dy"; random [M, K]: see
     `quantize_nvfp4`."""
     multiple, watch = MULTIPLES[operand.scaling], slot.clock.watch
-    x, random = padded(x, multiple), None if random is None else padded(random, multiple)
-    if WAYS[operand.scaling, operand.square] == TENSORWISE and watch is None:
-        return _by_one_scale(x, operand, slot, which)
+    x, random = padded(x.detach(), multiple), None if random is None else padded(random, multiple)
+    if operand.scaling in ("current", "delayed", "block") and watch is None:
+        return _in_two_kernels(x, operand, slot, which)
     quantized = quantize(x, operand, slot, which, slot.parts.get(which), random)
     if watch is not None:
         watch.quantized(slot, which, x, quantized, operand)
     return pack(quantized, operand)
 
 
-def _by_one_scale(x: Tensor, operand: Operand, slot: Slot, which: str) -> Packed:
-    """As the numerics do, but on a GPU in two kernels: for the largest number, and for the bytes."""
-    fmt = FORMATS[operand.format]
+def _in_two_kernels(x: Tensor, operand: Operand, slot: Slot, which: str) -> Packed:
+    """FP8 as the numerics make it, but on a GPU with one kernel for what is largest, and one for the bytes."""
+    fmt, way = FORMATS[operand.format], WAYS[operand.scaling, operand.square]
+    if operand.scaling == "block":
+        rows = 128 if operand.square else 1
+        largest = _fast(_largest_of_blocks, x)(x, rows)
+        scale = numerics.scale_to(largest, fmt, x.dtype, operand.power_of_2)
+        codes, inverse = _fast(_codes_of_blocks, x)(x, scale, fmt, rows), scale.reciprocal().squeeze(3).squeeze(1)
+        return Packed(codes, (arranged(inverse, way),), (way,))
     if operand.scaling == "delayed":
         assert slot.scales is not None, "a slot of delayed scaling has scales"
         scale = slot.scales.scale_of(which, x)
@@ -87,12 +93,20 @@ def _by_one_scale(x: Tensor, operand: Operand, slot: Slot, which: str) -> Packed
         amax = _fast(numerics.largest, x)(x)
         amax = slot.parts[which](amax) if which in slot.parts else amax
         scale = numerics.scale_to(amax, fmt, x.dtype, operand.power_of_2)
-    return Packed(_fast(_codes, x)(x, scale, fmt), (scale.reciprocal(),), (TENSORWISE,))
+    return Packed(_fast(_codes, x)(x, scale, fmt), (scale.reciprocal(),), (way,))
 
 
 def _codes(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     assert fmt.dtype is not None
     return (x.to(torch.float32) * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype).contiguous()
+
+
+def _largest_of_blocks(x: Tensor, rows: int) -> Tensor:
+    return numerics.largest_of(numerics.in_blocks(x.to(torch.float32), rows, 128))
+
+
+def _codes_of_blocks(x: Tensor, scale: Tensor, fmt: Format, rows: int) -> Tensor:
+    return numerics.whole(_codes(numerics.in_blocks(x, rows, 128), scale, fmt), x.shape).contiguous()
 
 
 def _fast(function: Callable[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
@@ -102,7 +116,7 @@ def _fast(function: Callable[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function)
+    return torch.compile(function, dynamic=True)
 
 
 class NativeGemm:
