@@ -123,6 +123,9 @@ class LoggingSection(Section):
     picture: bool = option(True, "draw loss.png when the run ends")
     expert_map_every: int = option(0, "steps between two pictures of the expert loads; 0: none", minimum=0)
     output_norms: int = option(0, "measure the outputs of all projections every so many steps; 0: never", minimum=0)
+    precision_every: int = option(
+        0, "look at what quantizing loses every so many steps, on rank 0; 0: never", minimum=0
+    )
     tensorboard: bool = option(False, "also write TensorBoard events")
     wandb: bool = option(False, "also log to Weights & Biases; offline without WANDB_API_KEY")
     wandb_project: str = option("nemohybrid", "W&B project")

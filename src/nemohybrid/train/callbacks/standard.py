@@ -10,6 +10,7 @@ from nemohybrid.train.callbacks.memory import Memory
 from nemohybrid.train.callbacks.metrics_file import MetricsFile
 from nemohybrid.train.callbacks.output_norms import MeasureOutputNorms
 from nemohybrid.train.callbacks.picture import Picture
+from nemohybrid.train.callbacks.precision_health import PrecisionHealth
 from nemohybrid.train.callbacks.progress import Progress
 from nemohybrid.train.callbacks.samples import Samples
 from nemohybrid.train.callbacks.tensorboard import TensorBoard
@@ -22,6 +23,8 @@ def standard(config: RunConfig, is_main: bool) -> list[Callback]:
     measure: list[Callback] = [KernelCanary(), Throughput(), Memory()]
     if config.logging.output_norms:
         measure.append(MeasureOutputNorms(config.logging.output_norms))
+    if config.logging.precision_every and is_main:
+        measure.append(PrecisionHealth(config.logging.precision_every))
     return measure + (_writers(config) if is_main else []) + _actors(config)
 
 
