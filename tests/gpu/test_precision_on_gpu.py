@@ -17,7 +17,7 @@ from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.world import choose_device
 from nemohybrid.precision.backends import BACKENDS, emulated
 from nemohybrid.precision.backends.emulated import EmulatedGemm
-from nemohybrid.precision.backends.packed import Packed, pack, padded
+from nemohybrid.precision.backends.packed import MULTIPLES, Packed, pack, padded
 from nemohybrid.precision.backends.te_recipes import found
 from nemohybrid.precision.backends.torch_native import NativeGemm, prepare
 from nemohybrid.precision.clock import Clock
@@ -87,7 +87,7 @@ def bytes_of(packed: Packed) -> list[torch.Tensor]:
 def test_bytes_are_those_of_the_numerics(device, operand, transposed):
     """Of those that one scale has also where a compiler makes two kernels of them; of a transposed tensor too."""
     slot, x = slot_for(RECIPES["fp8_delayed"], device), tensors(device, *SIZES[device])[0]
-    x = padded(x.T if transposed else x, 32)
+    x = padded(x.T if transposed else x, MULTIPLES[operand.scaling])
     random = torch.randint(0, 256, x.shape, dtype=torch.uint8, device=device) if operand.stochastic else None
     wanted = pack(emulated.quantize(x, operand, slot, "x", None, random), operand)
     for got, expected in zip(bytes_of(prepare(x, operand, slot, "x", random)), bytes_of(wanted), strict=True):

@@ -1,12 +1,14 @@
 """`torch.nn.functional.scaled_mm` as a GPU has it, on a CPU: checks what torch 2.13 and cuBLAS 12.9 ask of their arguments,
-and multiplies what the bytes mean, read one by one.
+and multiplies what the bytes mean, read one by one. torch itself is asked too, for the shape of the result on a GPU.
 
 Sources: PyTorch, aten/src/ATen/native/cuda/ScaledBlas.cpp, and NVIDIA's page on cuBLAS, "narrow precision data types usage".
 """
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import ScalingType, SwizzleType
+from torch.nn.functional import scaled_mm as real_scaled_mm
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 WIDTHS = {ScalingType.BlockWise1x16: 16, ScalingType.BlockWise1x32: 32, ScalingType.BlockWise1x128: 128}
@@ -31,6 +33,13 @@ def scaled_mm(
     assert bias is None
     assert not contraction_dim
     assert not use_fast_accum
+    with FakeTensorMode():
+        a, b = _on_gpu(mat_a), _on_gpu(mat_b)
+        of_a, of_b = (list(map(_on_gpu, scales)) for scales in (scale_a, scale_b))
+        shaped = real_scaled_mm(
+            a, b, of_a, scale_recipe_a, of_b, scale_recipe_b, swizzle_a, swizzle_b, output_dtype=output_dtype
+        )
+    assert shaped.shape == (mat_a.shape[0], mat_b.shape[1])
     right = mat_b.T
     assert not (mat_a.dtype == right.dtype == torch.float8_e5m2), "two operands in E5M2"
     square = ScalingType.BlockWise128x128
@@ -40,12 +49,19 @@ def scaled_mm(
     return (a @ b.T).to(output_dtype)
 
 
+def _on_gpu(x: Tensor) -> Tensor:
+    """No numbers, but all that is known of a tensor."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
 def numbers(codes: Tensor, scales: list[Tensor], ways: list[ScalingType], swizzles: list[SwizzleType]) -> Tensor:
     """What an operand [rows, K] is, in float64."""
     assert codes.is_contiguous(), "the sum runs along a stride"
     assert len(scales) == len(ways) == len(swizzles)
     values, way, scale = _values(codes), ways[0], scales[0]
     assert all(size % 16 == 0 for size in values.shape), "cuBLAS takes 16 bytes at a time"
+    if way in (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128):
+        assert all(size % 128 == 0 for size in values.shape), "a block of 128 is cut"
     swizzled = SwizzleType.SWIZZLE_32_4_4 if way in (ScalingType.BlockWise1x16, ScalingType.BlockWise1x32) else None
     assert swizzles == [swizzled or SwizzleType.NO_SWIZZLE, *[SwizzleType.NO_SWIZZLE] * (len(ways) - 1)]
     if way == ScalingType.TensorWise:

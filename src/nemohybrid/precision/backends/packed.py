@@ -29,8 +29,9 @@ WAYS = {
 }
 """How an operand is scaled, and whether its blocks are square -> torch's name for its scales. MXFP8 and NVFP4 have a scale for
 each row, also of a square block."""
-MULTIPLES = {"current": 16, "delayed": 16, "block": 16, "mx": 32, "nvfp4": 32}
-"""What rows and columns of an operand must be multiples of: cuBLAS takes 16 bytes, and whole blocks of MXFP8."""
+MULTIPLES = {"current": 16, "delayed": 16, "block": 128, "mx": 32, "nvfp4": 32}
+"""What rows and columns of an operand must be multiples of: cuBLAS takes 16 bytes at a time, and whole blocks; torch.compile
+knows no shapes of results where blocks of 128 are cut."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from nemohybrid.errors import ConfigError, TrainingError
-from nemohybrid.precision.backends.packed import MULTIPLES
 from nemohybrid.precision.backends.te_recipes import Engine, described, found, unsupported
 from nemohybrid.precision.recipe import GemmRecipe
 from nemohybrid.precision.slot import Slot
 
 # T tokens, I inputs, O outputs of a layer
 
+TOKENS = {"mx": 32, "nvfp4": 32}
+"""What rows must be multiples of: whole blocks, and 16 bytes, which for four bits are 32 numbers; else 16."""
 _in_region: ContextVar[bool] = ContextVar("in_region", default=False)
 
 
@@ -59,7 +60,7 @@ class EngineGemm:
         assert of is not None, "obstacle() has been asked"
         self.slot, self.engine, self.is_delayed = slot, found(), recipe.is_delayed
         self.recipe = self.engine.build(of)
-        self.multiple = MULTIPLES[recipe.fprop.left.scaling]
+        self.multiple = TOKENS.get(recipe.fprop.left.scaling, 16)
         self._linear: nn.Module | None = None
         self._of: tuple[int, int, int, bool] | None = None
 
