@@ -19,7 +19,7 @@ EQUAL = {
     "fp8_block": [Layout(data=2, expert=2)],
     "mxfp8": [Layout(tensor=2), Layout(data=2, expert=2)],
     "nvfp4_no_sr": [Layout(tensor=2, sequence=True), Layout(data=4, shard=2, mode="hybrid")],
-    "nvfp4": [Layout(pipeline=2)],
+    "nvfp4": [Layout(pipeline=2), Layout(pipeline=2, schedule="gpipe")],
     "fp8_delayed": [Layout(pipeline=2), Layout(tensor=2, data=2)],
 }
 NEAR = {

@@ -30,7 +30,7 @@ class Passes:
 
         def before_backward(number: int, microbatch: int, end: bool) -> None:
             modules = (unit.module for unit in self.model.sharding_units(self.stages[number]))
-            self.model.clock.microbatch = microbatch  # a layer may be computed again
+            self.model.clock.microbatch = microbatch  # of which a pipeline has just sent others forward
             shared.before_backward(modules, microbatch == len(self.batches) - 1, end)
 
         shared.begin()
