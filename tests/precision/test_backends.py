@@ -49,11 +49,17 @@ def test_what_is_not_quantized_is_plain_whoever_is_asked():
 
 
 def test_who_was_asked_for_and_cannot_is_never_replaced():
-    with pytest.raises(ConfigError, match=r"fp8_block: backend 'torch_native' cannot run on cpu: .*on no CPU"):
+    with pytest.raises(
+        ConfigError, match=r"precision.backend=torch_native cannot carry out fp8_block on cpu: .*on no CPU"
+    ):
         choose(RECIPES["fp8_block"], "torch_native", CPU)
-    with pytest.raises(ConfigError, match=r"fp8_current of experts: .* no stacked experts; a rule {role: expert"):
+    with pytest.raises(
+        ConfigError, match=r"fp8_current of experts on cpu: .* no stacked experts. .*a rule {role: expert"
+    ):
         choose(RECIPES["fp8_current"], "torch_native", CPU, experts=True)
-    with pytest.raises(ConfigError, match=r"no backend 'torch'. Legal: 'auto', 'transformer_engine'"):
+    with pytest.raises(
+        ConfigError, match=r"precision.backend: fp8_current has no backend 'torch'. Legal: 'auto', "
+    ):
         choose(RECIPES["fp8_current"], "torch", CPU)
 
 

@@ -310,7 +310,9 @@ def test_a_machine_without_it_is_told_how_to_install_it(monkeypatch):
     monkeypatch.setattr(te_recipes.importlib.util, "find_spec", lambda _: None)
     says = transformer_engine.obstacle(RECIPES["fp8_current"], CUDA)
     assert says.startswith("transformer_engine is not installed; pip install ")
-    with pytest.raises(ConfigError, match="backend 'transformer_engine' cannot run on cuda: transformer_engine is not"):
+    with pytest.raises(
+        ConfigError, match="transformer_engine cannot carry out fp8_current on cuda: transformer_engine is not"
+    ):
         choose(RECIPES["fp8_current"], "transformer_engine", CUDA)
 
 

@@ -47,7 +47,7 @@ class Backend:
     def obstacle_of(self, recipe: GemmRecipe, experts: bool, device: torch.device) -> str | None:
         """The same for a `Linear` or for stacked experts."""
         if experts and self.experts is None:
-            return "it multiplies no stacked experts; a rule {role: expert, recipe: bf16} leaves them as they are"
+            return "it multiplies no stacked experts"
         return self.obstacle(recipe, device)
 
 
@@ -93,15 +93,19 @@ def choose(recipe: GemmRecipe, wanted: str, device: torch.device, *, experts: bo
     """Who carries out a recipe for a `Linear`, or for stacked experts, on a device. Raises ConfigError where `wanted` cannot."""
     if not recipe.is_quantized:
         return Choice(recipe, PLAIN, "nothing is quantized")
+    what = f"{recipe.name} of experts" if experts else recipe.name
+    if wanted in BACKENDS and (obstacle := BACKENDS[wanted].obstacle_of(recipe, experts, device)) is not None:
+        others = "precision.backend=auto takes one that can"
+        advice = f"{others}, and a rule {{role: expert, recipe: bf16}} leaves them as they are" if experts else others
+        raise ConfigError(f"precision.backend={wanted} cannot carry out {what} on {device}: {obstacle}. {advice}")
     candidates = {
         name: Candidate(run=backend.gemm, obstacle=partial(backend.obstacle_of, recipe, experts))
         for name, backend in BACKENDS.items()
     }
-    what = f"{recipe.name} of experts" if experts else recipe.name
     try:
         found = decide(what, wanted, candidates, device)
-    except BackendError as error:
-        raise ConfigError(str(error)) from None
+    except BackendError as error:  # no such name
+        raise ConfigError(f"precision.backend: {error}") from None
     return Choice(recipe, BACKENDS[found.backend], found.why)
 
 
