@@ -57,9 +57,7 @@ def test_who_was_asked_for_and_cannot_is_never_replaced():
         ConfigError, match=r"fp8_current of experts on cpu: .* no stacked experts. .*a rule {role: expert"
     ):
         choose(RECIPES["fp8_current"], "torch_native", CPU, experts=True)
-    with pytest.raises(
-        ConfigError, match=r"precision.backend: fp8_current has no backend 'torch'. Legal: 'auto', "
-    ):
+    with pytest.raises(ConfigError, match=r"precision.backend: fp8_current has no backend 'torch'. Legal: 'auto', "):
         choose(RECIPES["fp8_current"], "torch", CPU)
 
 

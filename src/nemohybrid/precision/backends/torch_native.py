@@ -2,6 +2,7 @@
 
 The bytes are those of the numerics. A product differs from the emulated one by how its sum is rounded: in fp32 on a CPU, and on
 a GPU with the accumulators of its tensor cores, from which Hopper moves to fp32 every 128 numbers as `use_fast_accum` is off.
+Stacked experts are not here: torch's grouped product (2.13) takes E4M3 only, and gradients are E5M2.
 """
 
 from collections.abc import Callable
