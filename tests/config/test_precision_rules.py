@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemohybrid.config.compose import load_model_config
+from nemohybrid.config.compose import load_config, load_model_config
 from nemohybrid.config.environment import ParallelSection
 from nemohybrid.config.groups import groups
 from nemohybrid.config.precision import PrecisionSection
@@ -196,6 +196,28 @@ def test_what_a_rule_leaves_in_bf16_may_have_any_width(compose, complaint):
     assert "648 outputs of the Mamba in_proj" in complaint("precision=nvfp4")
     rules = 'precision.rules=[{name: ["*.in_proj"], recipe: bf16}]'
     assert compose("precision=nvfp4", rules).precision.recipe == "nvfp4"
+
+
+def test_the_emulation_takes_any_width_that_is_whole(compose, complaint):
+    """A rehearsal needs no hardware's widths; a block that ranks would cut is another matter."""
+    words = ["precision=nvfp4", "precision.backend=emulated"]
+    assert compose(*words, "model.hidden_size=100").precision.recipe == "nvfp4"
+    assert "324 outputs of the Mamba in_proj" in complaint(*words, "parallel.tensor=2", world_size=2)
+    assert "Legal: precision.backend=emulated" in complaint("precision=nvfp4")
+
+
+@pytest.mark.parametrize(
+    "model, preset",
+    [
+        ("nemotron_h_8b", "nemotron_h_fp8"),
+        ("nemotron_h_56b", "nemotron_h_fp8"),
+        ("nemotron_nano_v2_12b", "nano2_fp8"),
+        ("nemotron3_super", "nemotron3_super_nvfp4"),
+        ("nemotron3_ultra", "nemotron3_ultra_nvfp4"),
+    ],
+)
+def test_a_published_policy_is_rehearsed_on_the_small_twin(model, preset):
+    load_config([f"experiment=tiny_{model}", f"precision={preset}", "precision.backend=emulated"])
 
 
 @pytest.mark.parametrize("preset", groups()["precision"])
