@@ -12,7 +12,12 @@ from nemohybrid.config.compose import load_config
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.interop.hf.config_out import config_json
 from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.linear import Linear
 from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.precision.backends.torch_native import NativeGemm
+from nemohybrid.precision.gemm import plain_gemm
+from nemohybrid.precision.place import ROLES
 from nemohybrid_kernels.mixer import mamba2_mixer
 
 BENCH = Path(__file__).parents[2] / "scripts/bench/kernels"
@@ -129,10 +134,35 @@ def test_models_train_by_every_side_there_is(bench, no_transformers, monkeypatch
     monkeypatch.setattr(models, "find_peer", lambda: (None, "no mamba-ssm"))
     assert models.main(["--rehearse", "--out", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())["models"]
-    assert [entry["side"] for entry in found] == ["ours", "mamba-ssm", "torch", "transformers"]
-    assert [entry["fault"] for entry in found] == [None, "mamba-ssm is not here", None, "transformers is not here"]
+    assert [entry["side"] for entry in found] == ["ours", "mamba-ssm", "torch", "ours, fp8_current", "transformers"]
+    faults = [None, "mamba-ssm is not here", None, None, "transformers is not here"]
+    assert [entry["fault"] for entry in found] == faults
+    assert any(word.startswith("fp8_current: torch_native") for word in found[3]["backends"])
+    printed = capsys.readouterr().out
+    assert "no MFU" in printed
+    assert "times as fast" not in printed, "a CPU says nothing of speed"
     assert found[0]["losses"][-1] < found[0]["losses"][0]
-    assert "no MFU" in capsys.readouterr().out
+
+
+def test_a_side_in_fp8_leaves_plain_products_to_the_next(bench, config):
+    sides = bench("sides")
+    trainer = bench("models").Trainer(config, ParallelContext.single(CPU), [])
+    sides.in_recipe("fp8_current")(trainer.model, CPU, torch.float32)
+    linears = [module for module in trainer.model.modules() if isinstance(module, Linear) and module.role in ROLES]
+    assert all(isinstance(linear.gemm, NativeGemm) for linear in linears)
+    sides.ours(trainer.model, CPU, torch.float32)
+    assert all(linear.gemm is plain_gemm for linear in linears)
+
+
+def test_fp8_is_compared_with_ours_in_bf16(bench, tmp_path):
+    models = bench("models")
+    report = models.Report({}, None, 1.0)
+    for side, rate in (("ours", 100.0), ("torch", 10.0), (models.IN_FP8, 140.0)):
+        result = models.Result(
+            "a", side, tokens_per_second=rate, model_flops_per_second=1.0, losses=[1.0], peak_bytes=1
+        )
+        report.add(result)
+    assert "a: 1.40 times as fast in FP8, aim 1.3" in models.verdict(report)
 
 
 def test_late_sides_are_left_out_and_said(bench, no_transformers, monkeypatch, capsys):

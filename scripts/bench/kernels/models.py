@@ -4,9 +4,9 @@ python scripts/bench/kernels/models.py --out models.json        # on a GPU: Nemo
 python scripts/bench/kernels/models.py --rehearse
 
 Each model trains on one GPU with nemohybrid's own trainer, fused AdamW and bf16 products: with our kernels, with the operator of
-mamba-ssm where it can be imported, and with plain PyTorch, all going on from the weights that the one before left. transformers
-trains a model of its own. Where activations do not fit, they are recomputed layer by layer, and the model's FLOPs, which are
-counted as the trainer counts them, stay what they are.
+mamba-ssm where it can be imported, and with plain PyTorch, all going on from the weights that the one before left; at last with
+our kernels and products in FP8. transformers trains a model of its own. Where activations do not fit, they are recomputed layer
+by layer, and the model's FLOPs, which are counted as the trainer counts them, stay what they are.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from peer import Peer
-from sides import Side, find_peer, first_line, hf_model, sides
+from sides import Side, find_peer, first_line, hf_model, in_recipe, sides
 from timing import device_for
 
 from nemohybrid.config.accounting import TRAINING_PASSES, total_cost
@@ -36,6 +36,8 @@ from nemohybrid_kernels.machine import machine
 
 BAR, AIM = 0.40, 0.55
 """MFU of our kernels."""
+IN_FP8, AIM_FP8 = "ours, fp8_current", 1.3
+"""The side in FP8, and how many times as fast as in bf16 it should train."""
 WARM_STEPS, STEPS = 2, 4
 SIDE_S = 60.0
 """After so long of a side no further step is timed, if one was: plain PyTorch may take half a minute for each."""
@@ -250,6 +252,7 @@ def _all_of(name: str, overrides: Sequence[str], device: torch.device, peer: Pee
         known = sides(peer, config.data.sequence_length)
         if len(known) > 3:  # of the peer's chunks only its default: layers.py compares them
             known.pop(next(side for side in known if side.endswith("chunk 128")))
+        known[IN_FP8] = in_recipe("fp8_current")
         try:
             with_our_trainer(config, device, known, report)
         except Exception as error:  # weights and optimizer alone may be too large for this GPU
@@ -268,7 +271,15 @@ def verdict(report: Report) -> list[str]:
         if result.side == "ours" and result.mfu is not None:
             judged = "above" if result.mfu >= BAR else "BELOW"
             lines.append(f"{result.model}: {result.mfu:.1%} MFU, {judged} the bar of {BAR:.0%} (aim {AIM:.0%})")
+    lines += [f"{model}: {ratio:.2f} times as fast in FP8, aim {AIM_FP8}" for model, ratio in fp8_ratios(report)]
     return lines or ["no MFU: the peak of this device is not known"]
+
+
+def fp8_ratios(report: Report) -> list[tuple[str, float]]:
+    """Of each model on a GPU whose steps have both times."""
+    rates = {(r.model, r.side): r.tokens_per_second for r in report.results if r.peak_bytes and r.tokens_per_second}
+    both = [model for model, side in rates if side == IN_FP8 and (model, "ours") in rates]
+    return [(model, rates[model, IN_FP8] / rates[model, "ours"]) for model in both]
 
 
 if __name__ == "__main__":

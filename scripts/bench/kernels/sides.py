@@ -21,7 +21,11 @@ from nemohybrid.interop.hf.names import disk_tensors
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.kernels import bind_kernels
 from nemohybrid.model.mamba2 import Mamba2
+from nemohybrid.model.precision import sites
 from nemohybrid.parallel.layout import logical_parameters
+from nemohybrid.precision.binding import Binding
+from nemohybrid.precision.policy import Policy
+from nemohybrid.precision.recipe import RECIPES
 
 Side = Callable[[HybridModel, torch.device, torch.dtype], list[str]]
 NO_PEER = "mamba-ssm"
@@ -69,6 +73,17 @@ def plain(model: HybridModel, device: torch.device, dtype: torch.dtype) -> list[
     return _bound(model, torch_only, device, dtype)
 
 
+def in_recipe(name: str) -> Side:
+    """Ours, with every product that may be quantized by a recipe of `precision`, carried out by whoever can here."""
+
+    def bind(model: HybridModel, device: torch.device, dtype: torch.dtype) -> list[str]:
+        words = ours(model, device, dtype)
+        model.precision = Binding(model, sites(model), Policy(RECIPES[name]), "auto", device)
+        return [*words, *map(str, model.precision.choices)]
+
+    return bind
+
+
 def of_peer(peer: Peer, chunk: int) -> Side:
     """What users of mamba-ssm train with: all between the two projections in its one operator. The rest stays ours."""
 
@@ -90,6 +105,8 @@ def _bound(model: HybridModel, section: KernelsSection, device: torch.device, dt
     for layer in _mamba_layers(model):
         for given in ("is_fused", "_all_at_once"):
             vars(layer).pop(given, None)
+    if model.precision is not None:  # of a side before
+        model.precision = Binding(model, sites(model), Policy(), "auto", device)
     return [str(choice) for choice in bind_kernels(model, section, device, dtype, packed=False)]
 
 
