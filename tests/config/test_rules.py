@@ -62,6 +62,11 @@ CASES = {
         ["precision.rules[1]: fits nothing: no layer is of kind E. Kinds: M, -, *"],
         ["precision.rules=[{kind: M, recipe: bf16}, {kind: E, recipe: bf16, optional: true}]"],
     ),
+    "late_recipe_has_a_time": (
+        ["precision.late.forward_only=true"],
+        ["precision.late.forward_only: counts from precision.late.tokens on, which is empty"],
+        ["precision.late.forward_only=true", "precision.late.tokens=1000"],
+    ),
     "late_recipe_within_the_run": (
         ["train.steps=2", "train.global_batch=3", "data.sequence_length=10", "precision.late.tokens=60"],
         ["precision.late.tokens=60: comes after the end of the run, which sees 60 tokens", "below 60"],

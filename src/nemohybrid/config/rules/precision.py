@@ -32,6 +32,17 @@ def policy_of_this_model(now: Situation) -> Violation | None:
 
 
 @rule(RUN_RULES)
+def late_recipe_has_a_time(now: Situation) -> Violation | None:
+    """What comes later must be told when."""
+    late = now.config.precision.late
+    given = {"recipe": late.recipe != "bf16", "rules": bool(late.rules), "forward_only": late.forward_only}
+    key = next((key for key, is_given in given.items() if is_given), None)
+    if late.tokens is not None or key is None:
+        return None
+    return Violation(f"precision.late.{key}", "counts from precision.late.tokens on, which is empty")
+
+
+@rule(RUN_RULES)
 def late_recipe_within_the_run(now: Situation) -> Violation | None:
     """A switch that never comes is a mistake in its number."""
     late, train = now.config.precision.late, now.config.train
