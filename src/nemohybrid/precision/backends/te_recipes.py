@@ -13,7 +13,7 @@ from typing import Any
 
 from nemohybrid.precision.recipe import NVFP4, GemmRecipe, Operand, Product
 
-INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]' builds it"
+INSTALL = "pip install --no-build-isolation 'nemohybrid[te]' builds it"
 
 
 @dataclass(frozen=True)
