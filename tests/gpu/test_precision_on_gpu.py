@@ -26,6 +26,9 @@ from nemohybrid.precision.recipe import RECIPES, GemmRecipe, Operand
 from nemohybrid.precision.slot import Slot
 from nemohybrid.train.run import run
 
+pytestmark = pytest.mark.filterwarnings(  # what torch.compile says of itself, when the first bytes are made
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 NATIVE = [name for name, of in RECIPES.items() if of.is_quantized and not name.startswith("mor")]
 OPERANDS = list({operand: None for name in NATIVE for operand in RECIPES[name].operands})
 CROSSING = [operand for operand in OPERANDS if not operand.hadamard]
