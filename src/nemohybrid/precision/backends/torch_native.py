@@ -2,6 +2,8 @@
 
 The bytes are those of the numerics. A product differs from the emulated one by how its sum is rounded: in fp32 on a CPU, and on
 a GPU with the accumulators of its tensor cores, from which Hopper moves to fp32 every 128 numbers as `use_fast_accum` is off.
+In a graph of torch.compile, which keeps fp32 where others round to bf16 on the way, what is quantized may differ in its last
+digit, and so may its bytes; torch._inductor.config.emulate_precision_casts forbids it.
 Stacked experts are not here: torch's grouped product (2.13) takes E4M3 only, and gradients are E5M2.
 """
 
