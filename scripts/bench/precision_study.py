@@ -2,6 +2,7 @@
 
     python scripts/bench/precision_study.py --output runs/precision              # all arms, 3 seeds; goes on where it stopped
     python scripts/bench/precision_study.py --output runs/precision --page       # docs/benchmarks/precision.md from the runs
+    python scripts/bench/precision_study.py --output runs/precision --cost       # steps of all arms in turns, in one process
     python scripts/bench/precision_study.py --output FOLDER --arms bf16 nvfp4 --seeds 1 --steps 20 train.global_batch=2
 
 Every arm of a seed has the same first weights and the same tokens in the same order. The gap of an arm is its validation loss
@@ -23,10 +24,13 @@ from typing import Any
 
 import torch
 
+from nemohybrid.config.compose import load_config
+from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.precision.backends.emulated import multiply, operand_of, prepare
 from nemohybrid.precision.clock import Clock
 from nemohybrid.precision.recipe import BF16, RECIPES, GemmRecipe
 from nemohybrid.precision.slot import Slot
+from nemohybrid.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmarks" / "precision.md"
@@ -46,6 +50,7 @@ ARMS: dict[str, list[str]] = {
     "mor": ["precision.recipe=mor"],
 }
 """Name -> overrides. The last of the six layers is 15 %, rounded up."""
+WARM_UP = 3
 GATES = {"fp8_current": 0.005, "fp8_delayed": 0.005, "fp8_block": 0.005, "mxfp8": 0.005, "nvfp4": 0.02}
 MODEL = [
     "model=tiny",
@@ -75,8 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--cost", action="store_true", help="time steps instead, --steps of each arm in turns")
     parser.add_argument("--page", action="store_true", help="write the page from the runs that are there")
     args, more = parser.parse_known_args(arguments)
+    if args.cost:
+        cost(args.output, args.arms, args.steps, more)
+        return 0
     for seed in range(1, args.seeds + 1):
         for arm in args.arms:
             if not args.page:
@@ -85,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "\n".join(table(results))
     print(text)
     if args.page:
-        PAGE.write_text(page(results), encoding="utf-8")
+        PAGE.write_text(page(results, cost_table(args.output)), encoding="utf-8")
         (PAGE.parent / "precision.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 1 if any(line.endswith("missed |") for line in text.splitlines()) else 0
 
@@ -112,6 +121,38 @@ def train(output: Path, arm: str, seed: int, steps: int, more: Sequence[str]) ->
     result |= {"seconds": round(time.perf_counter() - began, 1), "step_seconds": step_seconds(lines)}
     (folder / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(f"{arm}, seed {seed}: {losses[-1]:.4f} after {result['seconds']} s", flush=True)
+
+
+def cost(output: Path, arms: Sequence[str], steps: int, more: Sequence[str]) -> None:
+    """Medians over steps of an arm's time over that of bf16 beside it. All arms train in one process, a step each in turns."""
+    output.mkdir(parents=True, exist_ok=True)
+    words = [*MODEL, f"data.cache={output}/cache", f"train.steps={steps}", "run.device=cpu", "train.threads=1", *more]
+    trainers = {}
+    for arm in dict.fromkeys(["bf16", *arms]):
+        config = load_config([*words, *ARMS[arm], f"run.dir={folder_of(output, arm, 0)}"])
+        trainers[arm] = Trainer(config, ParallelContext.single(), [])
+    torch.set_num_threads(1)
+    ratios: dict[str, list[float]] = {arm: [] for arm in trainers}
+    for number in range(steps):
+        seconds = {}
+        for arm in trainers if number % 2 else reversed(trainers):
+            began = time.perf_counter()
+            trainers[arm].train_step()
+            seconds[arm] = time.perf_counter() - began
+        for arm, taken in seconds.items() if number >= WARM_UP else ():
+            ratios[arm].append(taken / seconds["bf16"])
+    found = {arm: round(statistics.median(values), 3) for arm, values in ratios.items()}
+    (output / "cost.json").write_text(json.dumps({"steps": steps - WARM_UP, "ratios": found}) + "\n", encoding="utf-8")
+    print("\n".join(cost_table(output)))
+
+
+def cost_table(output: Path) -> list[str]:
+    """A row an arm, of what `cost` left; nothing where it has not run."""
+    file = output / "cost.json"
+    if not file.exists():
+        return []
+    ratios = json.loads(file.read_text())["ratios"]
+    return ["| arm | step, of bf16's |", "|---|--:|", *(f"| {arm} | {ratio:.2f} |" for arm, ratio in ratios.items())]
 
 
 def step_seconds(lines: Sequence[dict[str, Any]]) -> float | None:
@@ -200,7 +241,7 @@ def _distance(got: torch.Tensor, exact: torch.Tensor) -> float:
 # --- the page ----------------------------------------------------------------------------------------------------------
 
 
-def page(results: Sequence[dict[str, Any]]) -> str:
+def page(results: Sequence[dict[str, Any]], costs: Sequence[str]) -> str:
     """All of it; figures from the runs and from `bias_table`."""
     steps = {of["steps"] for of in results}
     return TEXT.format(
@@ -208,6 +249,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         seeds=len({of["seed"] for of in results}),
         table="\n".join(table(results)),
         bias="\n".join(bias_table()),
+        cost="\n".join(costs) or "Not measured yet.",
         torch=torch.__version__,
     )
 
@@ -237,6 +279,13 @@ rounding of dy does, the other operand being quantized in any case: distance fro
 norm, of one draw and of the mean of 64. What the mean keeps is bias. Rounding at random makes one draw worse and the mean better.
 
 {bias}
+
+## What emulating costs
+
+A step of each arm in turns in one process on one core, over that of bf16 beside it, medians (`--cost --steps 20`). This is the
+price of trying a recipe on a CPU, and says nothing about hardware that multiplies it.
+
+{cost}
 """
 
 if __name__ == "__main__":
