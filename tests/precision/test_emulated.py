@@ -1,5 +1,6 @@
 """Products by a recipe: what is quantized along which dimension, with which numbers, and what stays the same."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from nemohybrid.precision import numerics
 from nemohybrid.precision.backends.emulated import EmulatedGemm
 from nemohybrid.precision.backends.emulated_experts import expert_products, of_matrix
+from nemohybrid.precision.backends.torch_native import NativeGemm
 from nemohybrid.precision.clock import Clock
 from nemohybrid.precision.delayed import DelayedScales, step_all
 from nemohybrid.precision.gemm import plain_gemm
@@ -148,11 +150,53 @@ def test_weights_are_quantized_once_until_they_change(monkeypatch):
     with torch.no_grad():
         w.mul_(2)
     assert distance(gemm(x, w, None), plain_gemm(x, w, None)) < 0.3, "a weight that was written to is seen"
-    fleeting = EmulatedGemm(RECIPES["nvfp4"], Slot("a", clock=clock, keeps=False))
-    quantized.clear()
-    for _ in range(2):
-        fleeting(x, w, None)
-    assert quantized.count("16x16") == 2
+
+
+@pytest.mark.parametrize("kind", [EmulatedGemm, NativeGemm])
+def test_a_weight_that_is_there_for_a_while_leaves_nothing(kind):
+    """With FSDP each rank would else hold all weights, quantized. Products are those of a weight that stays."""
+    x, w, dy = tensors()
+    fleeting, staying = (kind(RECIPES["fp8_current"], Slot("a", keeps=keeps)) for keeps in (False, True))
+    for one, other in zip(passes(fleeting, x, w, dy), passes(staying, x, w, dy), strict=True):
+        assert torch.equal(one, other)
+    assert staying._weights
+    assert not fleeting._weights
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own doing
+@pytest.mark.parametrize("recipe", ["fp8_current", "nvfp4"])
+def test_a_graph_gives_the_same_and_draws_anew_in_every_step(recipe):
+    x, w, dy = tensors()
+    eager, slot = EmulatedGemm(RECIPES[recipe], Slot("a", clock=Clock())), Slot("a", clock=Clock())
+    compiled = torch.compile(EmulatedGemm(RECIPES[recipe], slot).__call__, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for slot.clock.step in range(3):
+        eager.slot.clock.step = slot.clock.step
+        got = passes(compiled, x, w, dy)
+        assert all(torch.equal(one, other) for one, other in zip(got, passes(eager, x, w, dy), strict=True))
+        gradients.append(got[1])
+    assert torch.equal(gradients[0], gradients[2]) == (recipe == "fp8_current")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_no_graph_holds_delayed_scaling():
+    gemm = EmulatedGemm(RECIPES["fp8_delayed"], Slot("a", scales=DelayedScales(("e4m3", "e4m3", "e5m2"))))
+    compiled = torch.compile(gemm.__call__, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="delayed scaling remembers what it sees"):
+        compiled(torch.ones(16, 16), torch.ones(16, 16, requires_grad=True), None)
+
+
+@pytest.mark.parametrize("kind", [EmulatedGemm, NativeGemm])
+@pytest.mark.parametrize("leaf", ["x", "weight", "bias"])
+def test_each_gradient_is_the_same_where_no_other_is_asked_for(kind, leaf):
+    x, w, dy = tensors()
+    gemm, bias = kind(RECIPES["fp8_current"], Slot("a")), torch.randn(OUT)
+    wanted = dict(zip(("x", "weight", "bias"), passes(gemm, x, w, dy, bias)[1:], strict=True))
+    given = {"x": x.clone(), "weight": w.clone(), "bias": bias.clone()}
+    given[leaf].requires_grad_()
+    gemm(**given).backward(dy)
+    assert {name: t.grad is not None for name, t in given.items()} == {name: name == leaf for name in given}
+    assert torch.equal(given[leaf].grad, wanted[leaf])
 
 
 def test_parts_of_ranks_are_scaled_by_the_largest_of_all():
@@ -241,6 +285,15 @@ def test_delayed_scaling_trains_and_ranks_agree():
         assert distance(one, other) < 0.08
 
 
+def test_what_evaluation_or_an_attempt_that_did_not_count_has_seen_is_forgotten():
+    """Not of weights, which are the same, and are not looked at again where they stay quantized."""
+    state = DelayedScales(("e4m3", "bf16", "bf16"), length=2)
+    for which in ("x", "w", "dy"):
+        state.scale_of(which, torch.full((2, 2), 3.0))
+    state.forget()
+    assert state.seen.tolist() == [0.0, 3.0, 0.0]
+
+
 # --- mixture of representations ---------------------------------------------------------------------------------------
 
 
@@ -300,6 +353,31 @@ def test_health_tells_what_is_lost_and_names_what_broke():
     mixture = Clock(watch=Health())
     EmulatedGemm(RECIPES["mor"], Slot("a", clock=mixture))(torch.randn(8, 16), torch.randn(4, 16), None)
     assert mixture.watch.figures() == {"a.x/accepted": 1.0, "a.w/accepted": 1.0}
+
+
+@pytest.mark.parametrize("recipe", ["fp8_block", "nvfp4", "mor", "mor_block"])
+def test_health_takes_no_note_of_experts_without_rows(recipe):
+    clock = Clock(watch=Health())
+    passes(EmulatedGemm(RECIPES[recipe], Slot("a", clock=clock)), *tensors(torch.float32)[:2], tensors()[2].float())
+    alone = clock.watch.figures()
+    clock.watch = Health()
+    pair = expert_products(RECIPES[recipe], Slot("a", clock=clock))
+    x, w, dy = tensors(torch.float32)
+    ids = torch.ones(T, 1, dtype=torch.int64)
+    hidden = expert_mlp(
+        x,
+        ids,
+        torch.ones(T, 1),
+        torch.stack([w, w]).requires_grad_(),
+        torch.stack([w.T, w.T]),
+        activation=squared_relu_torch,
+        multiply=Pair(pair, pair),
+        backend="grouped",
+    )
+    hidden.backward(dy @ w)
+    figures = clock.watch.figures()
+    assert all(math.isfinite(value) for value in figures.values())
+    assert {name.partition("/")[0] for name in figures} == {name.partition("/")[0] for name in alone}
 
 
 def test_nothing_is_looked_at_in_steps_that_are_not_sampled():

@@ -326,6 +326,12 @@ def test_no_version_is_believed_where_torch_refuses(device, monkeypatch):
     assert found == f"torch {torch.__version__} refuses: CUBLAS_STATUS_NOT_SUPPORTED when calling"
 
 
+def test_a_torch_that_makes_no_numbers_is_found_out(device, monkeypatch):
+    hopper = device(HOPPER)
+    monkeypatch.setattr(F, "scaled_mm", lambda *args, **kwargs: fake_scaled_mm.scaled_mm(*args, **kwargs) * torch.nan)
+    assert "wrongly" in torch_obstacles.obstacle(RECIPES["fp8_current"], hopper)
+
+
 @pytest.mark.parametrize("recipe, capability", [("fp8_block", HOPPER), ("mxfp8", BLACKWELL), ("nvfp4", BLACKWELL)])
 def test_a_torch_that_reads_scales_in_another_order_is_found_out(recipe, capability, device, monkeypatch):
     def wrong(a, b, scale_a, *args, **kwargs):

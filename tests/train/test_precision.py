@@ -97,6 +97,30 @@ def test_a_run_that_stops_or_computes_layers_again_is_the_same_run(recipe, comma
         assert not differing, f"{differing} {why}"
 
 
+def test_evaluation_changes_no_scale(configure):
+    """It sees other tokens, larger ones say, which the steps of a run that is not scored do not see."""
+    words = ["precision=fp8_delayed", *WIDE]
+    trainers = [Trainer(configure(*words), ParallelContext.single(), []) for _ in range(2)]
+    for trainer, is_scored in zip(trainers, (True, False), strict=True):
+        for _ in range(2):
+            trainer.train_step()
+            if is_scored:
+                trainer.evaluate()
+    trained, scored = (trainer.precision.tensors() for trainer in trainers)
+    assert any(history[-2:].count_nonzero() == 6 for name, history in trained.items() if name.endswith("history"))
+    for name, tensor in trained.items():
+        assert torch.equal(tensor, scored[name]), name
+
+
+def test_delayed_scaling_of_the_forward_pass_alone(configure):
+    """What is not quantized has a scale that nobody asks for."""
+    late = "[{role: [fc1, fc2], recipe: fp8_delayed}]"
+    words = ["precision=bf16", "precision.late.tokens=0", f"precision.late.rules={late}"]
+    trainer = Trainer(configure(*words, "precision.late.forward_only=true"), ParallelContext.single(), [])
+    trainer.train_step()
+    assert trainer.model.get_submodule("layers.1.mixer.fc1").gemm.recipe.name == "fp8_delayed_forward_bf16"
+
+
 def test_another_seed_rounds_otherwise(start, tmp_path):
     """Same weights and data: only the random bits of gradients are of another seed."""
     words = ["precision=nvfp4", *WIDE, "train.steps=1"]

@@ -78,7 +78,7 @@ def in_recipe(name: str) -> Side:
 
     def bind(model: HybridModel, device: torch.device, dtype: torch.dtype) -> list[str]:
         words = ours(model, device, dtype)
-        model.precision = Binding(model, sites(model), Policy(RECIPES[name]), "auto", device)
+        model.precision = Binding(sites(model), Policy(RECIPES[name]), "auto", device)
         return [*words, *map(str, model.precision.choices)]
 
     return bind
@@ -106,7 +106,7 @@ def _bound(model: HybridModel, section: KernelsSection, device: torch.device, dt
         for given in ("is_fused", "_all_at_once"):
             vars(layer).pop(given, None)
     if model.precision is not None:  # of a side before
-        model.precision = Binding(model, sites(model), Policy(), "auto", device)
+        model.precision = Binding(sites(model), Policy(), "auto", device)
     return [str(choice) for choice in bind_kernels(model, section, device, dtype, packed=False)]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemohybrid.precision.backends import Choice, choose, surround
 from nemohybrid.precision.delayed import DelayedScales, step_all
@@ -48,9 +48,7 @@ class Binding:
     Raises ConfigError, before anything is filled, where nobody that was asked for can carry out a recipe of now or later.
     """
 
-    def __init__(
-        self, model: nn.Module, sites: Iterable[Site], policy: Policy, backend: str, device: torch.device
-    ) -> None:
+    def __init__(self, sites: Iterable[Site], policy: Policy, backend: str, device: torch.device) -> None:
         self.policy, self.is_late = policy, False
         self.sites, self.rows = list(sites), list[Chosen]()
         self._choices: dict[tuple[GemmRecipe, bool], Choice] = {}
@@ -84,6 +82,15 @@ class Binding:
             self.is_late = is_late
             self._fill()
 
+    @property
+    def _scales(self) -> list[DelayedScales]:
+        return [site.slot.scales for site in self.sites if site.slot.scales is not None]
+
+    def before_passes(self) -> None:
+        """Before each attempt at a step: delayed scaling goes by what this one sees."""
+        for scales in self._scales:
+            scales.forget()
+
     def tensors(self) -> dict[str, Tensor]:
         """What a run must save to go on as if it had never stopped, ready to be filled in place."""
         states = {site.slot.name: site.slot.scales for site in self.sites if site.slot.scales is not None}
@@ -91,4 +98,4 @@ class Binding:
 
     def after_step(self, largest: Callable[[Tensor], Tensor]) -> None:
         """What delayed scaling does after a step of the optimizer. largest: over the ranks that hold the same layers."""
-        step_all([site.slot.scales for site in self.sites if site.slot.scales is not None], largest)
+        step_all(self._scales, largest)

@@ -30,16 +30,24 @@ class DelayedScales(nn.Module):
 
     def __init__(self, formats: Sequence[str], length: int = LENGTH, device: torch.device | None = None) -> None:
         super().__init__()
-        self.maxima = [FORMATS[fmt].max for fmt in formats]
+        self.maxima = [FORMATS[fmt].max if fmt in FORMATS else 1.0 for fmt in formats]  # not all need be quantized
         self.register_buffer("scale", torch.ones(3, device=device))
         self.register_buffer("history", torch.zeros(length, 3, device=device))
         self.register_buffer("seen", torch.zeros(3, device=device), persistent=False)
 
+    @torch.compiler.disable(reason="delayed scaling remembers what it sees, which no graph of torch.compile does")
     def scale_of(self, which: str, x: Tensor) -> Tensor:
         """[1], for x; what is largest in x is remembered."""
         at = TENSORS.index(which)
         torch.maximum(self.seen[at : at + 1], largest(x.detach()), out=self.seen[at : at + 1])
         return self.scale[at : at + 1]
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Before the passes of a step: of x and dy, what evaluation saw, or an attempt that did not count. Weights are the same,
+        and may have been quantized already."""
+        for which in ("x", "dy"):
+            self.seen[TENSORS.index(which)] = 0
 
     @torch.no_grad()
     def step(self) -> None:

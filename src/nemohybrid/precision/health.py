@@ -29,7 +29,9 @@ class Health:
 
     @torch.no_grad()
     def quantized(self, slot: "Slot", which: str, x: Tensor, of: Quantized, operand: Operand) -> None:
-        """Take note of a tensor x [M, K] that was quantized."""
+        """Take note of a tensor x [M, K] that was quantized. Experts may have no rows: nothing is lost of nothing."""
+        if not x.numel():
+            return
         exact = (hadamard(x) if operand.hadamard else x).to(torch.float32)
         got, at_the_end = of.dequantize(), of.values.abs() == FORMATS[operand.format].max
         self._note(slot, which, "underflow", ((got == 0) & (exact != 0)).float().mean())

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from nemohybrid.precision.clock import Clock
@@ -35,5 +36,11 @@ class Slot(Place):
         """Random bytes like x for one operand: a function of seed, layer, operand, part, step, microbatch and rank."""
         if not operand.stochastic:
             return None
-        key = self.clock.seed & 0xFFFFFFFF, zlib.crc32(f"{self.name}.{what}.{self.part}".encode())
+        key = self.clock.seed & 0xFFFFFFFF, _word(f"{self.name}.{what}.{self.part}")
         return random_bytes(x.shape, key, place, x.device)
+
+
+@torch.compiler.assume_constant_result  # a graph cannot look into it
+def _word(name: str) -> int:
+    """32 bits of a name."""
+    return zlib.crc32(name.encode())

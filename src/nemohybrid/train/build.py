@@ -38,7 +38,7 @@ def build_model(config: RunConfig, context: ParallelContext) -> tuple[HybridMode
     stays = data_mode(config.parallel) == "shard_grad"
     keeps = context.shard.size == 1 or (stays and context.tensor.size == 1)  # ranks that share a matrix act in step
     policy, backend = policy_of(config.precision), config.precision.backend
-    model.precision = Binding(model, sites(model, keeps), policy, backend, context.device)
+    model.precision = Binding(sites(model, keeps), policy, backend, context.device)
     packed, dtype = config.data.reset_documents, DTYPES[config.model.dtype]
     model.kernels = bind_kernels(model, config.kernels, context.device, dtype, packed)
     model.recompute = config.train.recompute == "layer"

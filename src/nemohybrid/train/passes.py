@@ -33,6 +33,8 @@ class Passes:
             self.model.clock.microbatch = microbatch  # of which a pipeline has just sent others forward
             shared.before_backward(modules, microbatch == len(self.batches) - 1, end)
 
+        if self.model.precision is not None:
+            self.model.precision.before_passes()
         shared.begin()
         self.pipeline.train(len(self.batches), self._shape, self._numbered(forward), before_backward)
 

@@ -4,17 +4,16 @@ The product of two quantized numbers is exact in fp32, and so is their sum but f
 from that of tensor cores by what adding up differs.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from nemohybrid.precision import mor, numerics
+from nemohybrid.precision.backends.layer import LayerGemm
 from nemohybrid.precision.hadamard import filled_up, hadamard
 from nemohybrid.precision.numerics import NVFP4_MAX, Quantized
-from nemohybrid.precision.recipe import GemmRecipe, Operand, Product
+from nemohybrid.precision.recipe import Operand, Product
 from nemohybrid.precision.slot import Amax, Slot
 
 # T tokens, I inputs, O outputs of a layer; M rows of an operand, K what a product sums over
@@ -50,7 +49,7 @@ def prepare(x: Tensor, operand: Operand, slot: Slot, which: str, random: Tensor 
         return Prepared(hadamard(x) if operand.hadamard else x)
     if operand.scaling in ("mor", "mor_block"):
         chosen, accepted = mor.by_tensor(x, operand.threshold) if operand.scaling == "mor" else mor.by_block(x)
-        if watch is not None:
+        if watch is not None and x.numel():
             watch.accepted(slot, which, accepted)
         return Prepared(chosen)
     quantized = quantize(x, operand, slot, which, amax, random)
@@ -95,31 +94,29 @@ def _narrow(x: Tensor, on_gpu: bool) -> Tensor:
     return x.to(torch.bfloat16) if on_gpu else x
 
 
-class EmulatedGemm:
-    """A `Gemm` for one layer. Keeps the quantized weight while the weights are the same."""
+class EmulatedGemm(LayerGemm[Prepared]):
+    """A `Gemm` for one layer. Keeps x itself: what is quantized is made again in the backward pass."""
 
-    def __init__(self, recipe: GemmRecipe, slot: Slot) -> None:
-        self.recipe, self.slot = recipe, slot
-        self._weights: dict[tuple[Operand, bool], Prepared] = {}
-        self._of: tuple[int, int, int] | None = None
+    def prepare(self, x: Tensor, operand: Operand, which: str, random: Tensor | None = None) -> Prepared:
+        """x [M, K] as it is multiplied."""
+        return prepare(x, operand, self.slot, which, random)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., I], weight [O, I], bias [O] -> [..., O] in x's dtype."""
-        return _Multiply.apply(x, weight, bias, self, self.slot.clock.place)  # pyright: ignore[reportReturnType]
+    def product(
+        self,
+        of: Product,
+        left: Prepared,
+        right: Prepared,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Of two operands, which nobody fills up."""
+        y = product(of, left, right)
+        return (y if bias is None else y + bias).to(dtype)
 
-    def weight(self, weight: Tensor, operand: Operand, dtype: torch.dtype, transposed: bool) -> Prepared:
-        """As operand of the forward product, or transposed, of that of dx."""
-        if not operand.is_quantized:
-            return Prepared((weight.T if transposed else weight).to(dtype))
-        if transposed and operand.transposes:
-            return self.weight(weight, operand, dtype, transposed=False).transposed
-        now = self.slot.clock.weights, weight.data_ptr(), weight._version
-        if self._of != now or not self.slot.keeps:
-            self._weights, self._of = {}, now
-        if (operand, transposed) not in self._weights:
-            matrix = weight.detach().T if transposed else weight.detach()
-            self._weights[operand, transposed] = prepare(matrix.to(dtype), operand, self.slot, "w")
-        return self._weights[operand, transposed]
+    def turns(self, operand: Operand) -> bool:
+        """Whether the transpose has the same numbers."""
+        return operand.transposes
 
 
 def operand_of(x: Tensor, operand: Operand, slot: Slot, which: str, what: str, place: tuple[int, int, int]) -> Prepared:
@@ -132,43 +129,3 @@ def product(of: Product, left: Prepared, right: Prepared) -> Tensor:
     if of.left.is_quantized or of.right.is_quantized:
         return multiply(left, right)
     return left.matrix @ right.matrix.T
-
-
-class _Multiply(Function):
-    """Keeps its arguments: what is quantized is made again, from the same numbers with the same random bits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gemm: EmulatedGemm,
-        place: tuple[int, int, int],
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.gemm, ctx.place, ctx.bias_dtype = gemm, place, None if bias is None else bias.dtype
-        of, rows = gemm.recipe.fprop, x.reshape(-1, x.shape[-1])
-        left = operand_of(rows, of.left, gemm.slot, "x", "fprop.x", place)
-        y = product(of, left, gemm.weight(weight, of.right, x.dtype, transposed=False))
-        y = y if bias is None else y + bias
-        return y.to(x.dtype).view(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x, weight), (dy,), gemm, place = ctx.saved_tensors, gradients, ctx.gemm, ctx.place
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        rows, d_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, dy))
-        dx = dweight = None
-        if needs_x:
-            of = gemm.recipe.dgrad
-            left = operand_of(d_rows, of.left, gemm.slot, "dy", "dgrad.dy", place)
-            dx = product(of, left, gemm.weight(weight, of.right, x.dtype, transposed=True)).to(x.dtype).view_as(x)
-        if needs_weight:
-            of = gemm.recipe.wgrad
-            left = operand_of(d_rows.T, of.left, gemm.slot, "dy", "wgrad.dy", place)
-            right = operand_of(rows.T, of.right, gemm.slot, "x", "wgrad.x", place)
-            dweight = product(of, left, right).to(weight.dtype)
-        dbias = d_rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return dx, dweight, dbias, None, None

@@ -9,25 +9,20 @@ Stacked experts are not here: torch's grouped product (2.13) takes E4M3 only, an
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from nemohybrid.precision import numerics
 from nemohybrid.precision.backends.emulated import quantize
+from nemohybrid.precision.backends.layer import LayerGemm
 from nemohybrid.precision.backends.packed import MULTIPLES, TENSORWISE, WAYS, Packed, arranged, pack, padded
 from nemohybrid.precision.formats import FORMATS, Format
-from nemohybrid.precision.hadamard import filled_up
-from nemohybrid.precision.recipe import GemmRecipe, Operand
+from nemohybrid.precision.recipe import GemmRecipe, Operand, Product
 from nemohybrid.precision.slot import Slot
 
-# T tokens, I inputs, O outputs of a layer; M, N rows of the two operands, K what a product sums over
-
-NOWHERE = 0, 0, 0
+# M, N rows of the two operands, K what a product sums over
 
 
 def scaled_product(
@@ -122,104 +117,51 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True)
 
 
-class NativeGemm:
-    """A `Gemm` for one layer. Keeps the bytes of the weight while the weights are the same."""
+class NativeGemm(LayerGemm[Packed]):
+    """A `Gemm` for one layer. Of x it keeps the bytes where they serve the product for dW, x itself elsewhere."""
 
     def __init__(self, recipe: GemmRecipe, slot: Slot) -> None:
-        self.recipe, self.slot = recipe, slot
-        self._weights: dict[tuple[Operand, bool], Packed] = {}
-        self._of: tuple[int, int, int] | None = None
+        super().__init__(recipe, slot)
         self.keeps_x = _same_bytes(recipe.fprop.left, recipe.wgrad.right)
         self.keeps_dy = _same_bytes(recipe.dgrad.left, recipe.wgrad.left)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., I], weight [O, I], bias [O] -> [..., O] in x's dtype."""
-        # Where nothing depends on the step, a graph must not: it would be made anew for each.
-        place = self.slot.clock.place if self.recipe.is_stochastic else NOWHERE
-        return _Multiply.apply(x, weight, bias, self, place)  # pyright: ignore[reportReturnType]
+    def prepare(self, x: Tensor, operand: Operand, which: str, random: Tensor | None = None) -> Packed:
+        """x [M, K] as it is multiplied."""
+        return prepare(x, operand, self.slot, which, random) if operand.is_quantized else Packed(x)
 
-    def weight(self, weight: Tensor, operand: Operand, dtype: torch.dtype, transposed: bool) -> Packed:
-        """As operand of the forward product, or transposed, of that of dx."""
-        if not operand.is_quantized:
-            return Packed((weight.T if transposed else weight).to(dtype))
-        if torch.compiler.is_compiling():  # a graph keeps nothing
-            return self._packed(weight.detach().to(dtype), operand, transposed)
-        now = self.slot.clock.weights, weight.data_ptr(), weight._version
-        if self._of != now or not self.slot.keeps:
-            self._weights, self._of = {}, now
-        if (operand, transposed) not in self._weights:
-            self._weights[operand, transposed] = self._packed(weight.detach().to(dtype), operand, transposed)
-        return self._weights[operand, transposed]
+    def product(
+        self,
+        of: Product,
+        left: Packed,
+        right: Packed,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Of two operands, without the zeros that they were filled up with."""
+        if not left.scales:
+            y = left.codes @ right.codes.T
+            return (y if bias is None else y + bias).to(dtype)
+        more = len(right.codes) - shape[1]
+        bias = F.pad(bias, (0, more)) if bias is not None and more else bias
+        return scaled_product(left, right, dtype, bias)[: shape[0], : shape[1]]
 
-    def _packed(self, weight: Tensor, operand: Operand, transposed: bool) -> Packed:
-        if not transposed:
-            return prepare(weight, operand, self.slot, "w")
-        if WAYS[operand.scaling, operand.square] == TENSORWISE and (operand, False) in self._weights:
-            return self._weights[operand, False].transposed
-        return prepare(weight.T, operand, self.slot, "w")  # square blocks are the same ones
+    def turns(self, operand: Operand) -> bool:
+        """With one scale for the tensor. The scales of blocks lie otherwise."""
+        return WAYS.get((operand.scaling, operand.square)) == TENSORWISE
 
-    def operand(self, x: Tensor, operand: Operand, which: str, what: str, place: tuple[int, int, int]) -> Packed:
-        """Of x or dy, `what` of the six operands of a layer it is."""
-        if not operand.is_quantized:
-            return Packed(x)
-        x = filled_up(x) if operand.hadamard else x
-        return prepare(x, operand, self.slot, which, self.slot.random(x, operand, what, place))
+    def kept(self, rows: Tensor, left: Packed) -> tuple[Tensor, ...]:
+        """Bytes and their scale, or x."""
+        return (left.codes, *left.scales) if self.keeps_x else (rows,)
+
+    def x_of_wgrad(self, kept: tuple[Tensor, ...], place: tuple[int, int, int]) -> Packed:
+        """From what was kept."""
+        if not self.keeps_x:
+            return super().x_of_wgrad(kept, place)
+        codes, scale = kept
+        return Packed(codes, (scale,), (TENSORWISE,)).transposed
 
 
 def _same_bytes(one: Operand, other: Operand) -> bool:
     """Whether a tensor and its transpose, as operands of two products, have the same bytes and scale."""
     return one == other and WAYS.get((one.scaling, one.square)) == TENSORWISE
-
-
-def _product(
-    left: Packed, right: Packed, dtype: torch.dtype, shape: tuple[int, int], bias: Tensor | None = None
-) -> Tensor:
-    """[M, N] in dtype, without the zeros that were added."""
-    if not left.scales:
-        y = left.codes @ right.codes.T
-        return (y if bias is None else y + bias).to(dtype)
-    more = len(right.codes) - shape[1]
-    bias = F.pad(bias, (0, more)) if bias is not None and more else bias
-    return scaled_product(left, right, dtype, bias)[: shape[0], : shape[1]]
-
-
-class _Multiply(Function):
-    """Keeps the weight, and of x its bytes where they serve the product for dW, x itself elsewhere."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gemm: NativeGemm, place: tuple[int, int, int]
-    ) -> Tensor:
-        of, rows = gemm.recipe.fprop, x.reshape(-1, x.shape[-1])
-        left = gemm.operand(rows, of.left, "x", "fprop.x", place)
-        right = gemm.weight(weight, of.right, x.dtype, transposed=False)
-        y = _product(left, right, x.dtype, (len(rows), len(weight)), bias)
-        ctx.save_for_backward(weight, *((left.codes, *left.scales) if gemm.keeps_x else (rows,)))
-        ctx.gemm, ctx.place, ctx.shape, ctx.bias_dtype = gemm, place, x.shape, None if bias is None else bias.dtype
-        return y.reshape(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (weight, *kept), (dy,), gemm = ctx.saved_tensors, gradients, ctx.gemm
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        (O, I), d_rows, of = weight.shape, dy.reshape(-1, dy.shape[-1]), gemm.recipe
-        dx = dweight = None
-        left = Packed(d_rows)
-        if needs_x or gemm.keeps_dy:
-            left = gemm.operand(d_rows, of.dgrad.left, "dy", "dgrad.dy", ctx.place)
-        if needs_x:
-            right = gemm.weight(weight, of.dgrad.right, dy.dtype, transposed=True)
-            dx = _product(left, right, dy.dtype, (len(d_rows), I)).reshape(ctx.shape)
-        if needs_weight:
-            if gemm.keeps_dy:
-                left = left.transposed
-            else:
-                left = gemm.operand(d_rows.T, of.wgrad.left, "dy", "wgrad.dy", ctx.place)
-            if gemm.keeps_x:
-                right = Packed(kept[0], (kept[1],), (TENSORWISE,)).transposed
-            else:
-                right = gemm.operand(kept[0].T, of.wgrad.right, "x", "wgrad.x", ctx.place)
-            dweight = _product(left, right, weight.dtype, (O, I))
-        dbias = d_rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return dx, dweight, dbias, None, None
