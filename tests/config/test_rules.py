@@ -72,6 +72,11 @@ CASES = {
         ["precision.late.tokens=60: comes after the end of the run, which sees 60 tokens", "below 60"],
         ["train.steps=2", "train.global_batch=3", "data.sequence_length=10", "precision.late.tokens=59"],
     ),
+    "health_that_is_seen": (
+        ["logging.precision_every=5", "precision.backend=transformer_engine"],
+        ["precision_every=5: sees nothing of what transformer_engine quantizes", "auto, emulated, torch_native"],
+        ["logging.precision_every=5", "precision.backend=torch_native"],
+    ),
     "widths_of_the_recipe": (
         ["precision=nvfp4"],
         ["nvfp4 takes multiples of 16, but a rank has 648 outputs of the Mamba in_proj", "precision.recipe=bf16"],

@@ -12,8 +12,10 @@ from nemohybrid.errors import ConfigError
 from nemohybrid.generate.load import load_for_inference
 from nemohybrid.observe.metrics import read_metrics
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.precision import backends
 from nemohybrid.precision.gemm import plain_gemm
 from nemohybrid.precision.slot import Slot
+from nemohybrid.train import precision as train_precision
 from nemohybrid.train.precision import Resolved
 from nemohybrid.train.trainer import Trainer
 
@@ -190,6 +192,18 @@ def test_a_rule_about_a_symbol_that_is_not_ours_is_judged_by_the_built_model(con
     object.__setattr__(config.precision, "rules", ({"name": "layers.*.mixer.none", "recipe": "bf16"},))
     with pytest.raises(ConfigError, match=r"rule 0 of precision fits nothing: no product is named"):
         Resolved(config, torch.device("cpu"))
+
+
+def test_what_nobody_could_see_is_not_looked_at_in_silence(configure, monkeypatch):
+    """On a GPU where `auto` takes Transformer Engine."""
+    engine = backends.BACKENDS["transformer_engine"]
+    monkeypatch.setattr(train_precision, "choose", lambda recipe, *_, **__: backends.Choice(recipe, engine, "auto"))
+    words = ["precision=fp8_current", *WIDE]
+    Resolved(configure(*words), torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"transformer_engine quantizes, which .*=auto takes here for fp8_current\. Legal"
+    ):
+        Resolved(configure(*words, "logging.precision_every=2"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("first, then", [("bf16", "fp8_delayed"), ("fp8_delayed", "bf16"), ("fp8_delayed", "nvfp4")])

@@ -17,7 +17,7 @@ from nemohybrid.precision.table import as_json, table
 class Resolved:
     """The policy of a run, for every product of the whole model, also of layers that other ranks hold.
 
-    Raises ConfigError for a rule that fits nothing.
+    Raises ConfigError for a rule that fits nothing, and where `logging.precision_every` would see nothing.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -34,6 +34,13 @@ class Resolved:
             for recipe, experts in sorted(asked, key=lambda pair: (pair[0].name, pair[1]))
             if recipe.is_quantized
         }
+        unseen = [what for what, choice in self.choices.items() if choice.name == "transformer_engine"]
+        if config.logging.precision_every and unseen:
+            raise ConfigError(
+                f"logging.precision_every={config.logging.precision_every} sees nothing of what transformer_engine quantizes, "
+                f"which precision.backend=auto takes here for {', '.join(unseen)}. Legal: precision.backend=emulated or "
+                "torch_native, or logging.precision_every=0"
+            )
 
     @property
     def lines(self) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from nemohybrid.config.batch_plan import BatchPlan
-from nemohybrid.config.precision import policy_of
+from nemohybrid.config.precision import BACKENDS, policy_of
 from nemohybrid.config.products import OF_SYMBOL, products
 from nemohybrid.config.ranks import expert_tensor
 from nemohybrid.config.rules.rule import RUN_RULES, Situation, rule
@@ -51,6 +51,16 @@ def late_recipe_within_the_run(now: Situation) -> Violation | None:
         return None
     message = f"comes after the end of the run, which sees {most:,} tokens"
     return Violation(f"precision.late.tokens={late.tokens:g}", message, {"precision.late.tokens": f"below {most}"})
+
+
+@rule(RUN_RULES)
+def health_that_is_seen(now: Situation) -> Violation | None:
+    """Modules of Transformer Engine quantize out of sight. Where `auto` takes them, the run says so at its start."""
+    every, backend = now.config.logging.precision_every, now.config.precision.backend
+    if not every or backend != "transformer_engine":
+        return None
+    legal = {"precision.backend": [name for name in BACKENDS if name != backend], "logging.precision_every": [0]}
+    return Violation(f"logging.precision_every={every}", f"sees nothing of what {backend} quantizes", legal)
 
 
 @rule(RUN_RULES)
