@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if args.page:
         PAGE.write_text(page(results, cost_table(args.output)), encoding="utf-8")
-        (PAGE.parent / "precision.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if results:
+            (PAGE.parent / "precision.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 1 if any(line.endswith("missed |") for line in text.splitlines()) else 0
 
 
@@ -175,6 +176,10 @@ def gaps(results: Sequence[dict[str, Any]], arm: str) -> list[float]:
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """A row an arm: mean loss, mean gap, lowest and highest, gate."""
+    if not results:
+        return [
+            "**Not run yet.** At 200 steps a seed alone moves the loss by about a percent, so three seeds an arm are needed."
+        ]
     lines = ["| arm | val_loss | gap | lowest | highest | seeds | gate |", "|---|--:|--:|--:|--:|--:|---|"]
     for arm in dict.fromkeys(of["arm"] for of in results):
         losses, gap = [of["val_loss"] for of in results if of["arm"] == arm], gaps(results, arm)
@@ -243,10 +248,11 @@ def _distance(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 def page(results: Sequence[dict[str, Any]], costs: Sequence[str]) -> str:
     """All of it; figures from the runs and from `bias_table`."""
-    steps = {of["steps"] for of in results}
+    steps, seeds = {of["steps"] for of in results}, {of["seed"] for of in results}
     return TEXT.format(
-        steps=" or ".join(map(str, sorted(steps))),
-        seeds=len({of["seed"] for of in results}),
+        steps=" or ".join(map(str, sorted(steps))) or "200",
+        seeds=len(seeds) or 3,
+        raw=" [Raw results](precision.json)." if results else "",
         table="\n".join(table(results)),
         bias="\n".join(bias_table()),
         cost="\n".join(costs) or "Not measured yet.",
@@ -264,7 +270,7 @@ python scripts/bench/precision_study.py --output runs/precision && \\
 
 A hybrid of six layers (`M-*EM-`, 128 channels), {steps} steps of 8 x 128 tokens of Shakespeare, {seeds} seeds, emulated
 on a CPU with torch {torch}. Arms of a seed begin with the same weights and read the same bytes. The gap is the validation loss
-over that of bf16 with the same seed, less one. [Raw results](precision.json).
+over that of bf16 with the same seed, less one.{raw}
 
 {table}
 

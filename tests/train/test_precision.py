@@ -194,6 +194,23 @@ def test_a_rule_about_a_symbol_that_is_not_ours_is_judged_by_the_built_model(con
         Resolved(config, torch.device("cpu"))
 
 
+def test_experts_whose_recipe_comes_later_never_have_a_backend_without_one(configure):
+    """Plain autograd takes no products; a run would have ended in its second step."""
+    late = ["precision.late.tokens=128", "precision.late.rules=[{role: expert, recipe: fp8_current}]"]
+    words = ["model=tiny_moe", 'model.pattern="*E"', *late]
+    with pytest.raises(ConfigError, match=r"moe_backend=torch: .*'grouped' where experts have a recipe"):
+        Trainer(configure(*words, "kernels.moe_backend=torch"), ParallelContext.single(), [])
+    trainer = Trainer(configure(*words, "kernels.moe_backend=grouped"), ParallelContext.single(), [])
+    experts = trainer.model.get_submodule("layers.1.mixer.experts")
+    seen = []
+    for _ in range(2):
+        trainer.train_step()
+        seen.append(experts.products is not None)
+    assert seen == [False, True]
+    bare = configure("model=tiny_moe", 'model.pattern="*E"', "kernels.moe_backend=torch")
+    Trainer(bare, ParallelContext.single(), []).train_step()
+
+
 def test_what_nobody_could_see_is_not_looked_at_in_silence(configure, monkeypatch):
     """On a GPU where `auto` takes Transformer Engine."""
     engine = backends.BACKENDS["transformer_engine"]

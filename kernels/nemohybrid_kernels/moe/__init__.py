@@ -54,23 +54,23 @@ def expert_mlp(
     possible = backends(x.dtype, D, up.shape[1], F, given=multiply is not None)
     how: dict[str, Any] = {"activation": activation, "absent": absent}
     if multiply is not None:
-        possible = {name: possible[name] for name in possible if name != "torch"}
         how["products"] = multiply
     run = choose("expert_mlp", backend, possible, x.device)
     return run(x, expert_ids, expert_weights, up, down, **how)
 
 
 def backends(dtype: torch.dtype, *widths: int, given: bool = False) -> dict[str, Backend]:
-    """Implementations for rows of `dtype` and matrices of these `widths`, the fastest first. given: products are."""
+    """Implementations for rows of `dtype` and matrices of these `widths`, the fastest first. given: products are, which the
+    last, plain autograd, has no place for."""
 
     def obstacle(device: torch.device) -> str | None:
         return products.obstacle(dtype, widths, device) if device.type == "cuda" and not given else None
 
-    return {
+    found = {
         "triton": Backend(_triton, lambda device: launching.obstacle(device, dtype), launching.reluctance),
         "grouped": Backend(expert_mlp_grouped, obstacle),
-        "torch": Backend(expert_mlp_torch),
     }
+    return found if given else found | {"torch": Backend(expert_mlp_torch)}
 
 
 def _triton(*args: Any, **kwargs: Any) -> Tensor:

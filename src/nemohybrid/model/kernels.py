@@ -37,6 +37,7 @@ class Slot:
     key: str
     backends: Mapping[str, Backend]
     attribute: str = "backend"
+    note: str = ""  # the end of a refusal
 
 
 def bind_kernels(
@@ -81,7 +82,9 @@ def slots_of(module: nn.Module, calls: Calls) -> Iterator[Slot]:
             yield Slot("attention", "attention_backend", attention.backends(case_))
         case Experts():
             widths = module.up.shape[2], module.up.shape[1], module.down.shape[2]
-            yield Slot("expert_mlp", "moe_backend", moe.backends(calls.dtype, *widths))
+            given = module.takes_products
+            possible = moe.backends(calls.dtype, *widths, given=given)
+            yield Slot("expert_mlp", "moe_backend", possible, note=" where experts have a recipe" * given)
             if is_squared_relu(module.activation):
                 yield _activation(calls, "activation_backend")
         case MLP() if is_squared_relu(module.activation):
@@ -103,7 +106,7 @@ def _decided(slot: Slot, wanted: str, device: torch.device) -> Choice:
     try:
         return decide(slot.operator, wanted, slot.backends, device)
     except BackendError as error:
-        raise ConfigError(f"kernels.{slot.key}={wanted}: {error}") from error
+        raise ConfigError(f"kernels.{slot.key}={wanted}: {error}{slot.note}") from error
 
 
 def _bind_mixer(layer: Mamba2, section: KernelsSection, calls: Calls) -> Choice:

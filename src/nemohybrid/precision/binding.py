@@ -61,6 +61,8 @@ class Binding:
             delayed = next((recipe for recipe in row.recipes if recipe.is_delayed), None)
             self.sites[number] = site if delayed is None else site.with_scales(delayed, device)
             self.rows.append(row)
+            if site.matrix and any(recipe.is_quantized for recipe in row.recipes):
+                site.module.takes_products = True
         self.region = surround(self.choices)
         self._fill()
 

@@ -38,6 +38,7 @@ class Experts(nn.Module):
         self.activation, self.activation_backend = ACTIVATIONS[config.activation], "auto"
         self.backend = "auto"
         self.products: dict[str, Products] | None = None  # of "up" and "down", where a recipe has filled them
+        self.takes_products = False  # whether one will, now or later
         self.is_folded = context.experts is not None
         self.up = expert_parameter(up, Shard(axis=1, blocks=len(halves)), context)
         self.down = expert_parameter(down, Shard(axis=2), context)
@@ -51,10 +52,13 @@ class Experts(nn.Module):
 
     def _multiply(self, x: Tensor) -> Pair | None:
         """The products that a recipe has filled; those of a matrix that it has not are plain."""
-        if self.products is None:
+        if self.products is None and not self.takes_products:
             return None
-        plain = products_for(x.dtype, (x.shape[1], self.up.shape[1], self.down.shape[2]), x.device)
-        return Pair(self.products.get("up", plain), self.products.get("down", plain))
+        plain, given = (
+            products_for(x.dtype, (x.shape[1], self.up.shape[1], self.down.shape[2]), x.device),
+            self.products or {},
+        )
+        return Pair(given.get("up", plain), given.get("down", plain))
 
 
 @mixer("E", "MoE")
