@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from nemohybrid.config.compose import load_config
+from nemohybrid.model.linear import Linear
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.train.callbacks.precision_health import FILE, summed_up
 from nemohybrid.train.run import run
@@ -37,6 +39,21 @@ def test_a_run_tells_what_its_formats_lose(tmp_path, recipe):
     assert [bool(names) for names in seen] == [True, False, True, False]
     if recipe == "nvfp4":
         assert all(0.05 < value < 0.3 for name, value in lines[0].items() if name.endswith("/error"))
+
+
+def test_what_is_not_finite_is_named_though_fp8_hides_it(tmp_path, monkeypatch):
+    """An infinite input is cut off at the largest number, and the loss stays finite."""
+    words = ["model=tiny", "model.pattern='*-'", "data=shakespeare", "data.tokenizer=byte", "data.sequence_length=32"]
+    words += ["train.steps=1", "train.global_batch=1", "logging.precision_every=1", "precision.recipe=fp8_current"]
+    real = Linear.forward
+
+    def spoilt(linear, x):
+        return real(linear, x.index_fill(0, torch.tensor([3]), torch.inf) if linear.role == "fc2" else x)
+
+    monkeypatch.setattr(Linear, "forward", spoilt)
+    run(load_config([*words, f"run.dir={tmp_path}"]), ParallelContext.single())
+    (line,) = records(tmp_path / FILE)
+    assert line["not_finite"][0] == "layers.1.mixer.fc2.x"
 
 
 def test_figures_are_summed_up_over_layers():

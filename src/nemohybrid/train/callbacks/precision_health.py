@@ -16,8 +16,10 @@ FILE = "precision_health.jsonl"
 class PrecisionHealth(Callback):
     """In step 1 and every `every` steps, of the layers and tokens of this rank.
 
-    The file has a line a step, `{"step": n, "<layer>.<tensor>/<figure>": value, ...}`; the record of the step
-    `precision_<figure>/<tensor>`, the mean over layers, and `precision_<figure>_worst/<tensor>`, the largest.
+    The file has a line a step, `{"step": n, "<layer>.<tensor>/<figure>": value, ...}`, and where tensors held what is no finite
+    number, `"not_finite": [their names]` in the order in which they were made: FP8 makes large numbers of infinite ones. The
+    record of the step has `precision_<figure>/<tensor>`, the mean over layers, and `precision_<figure>_worst/<tensor>`, the
+    largest.
     """
 
     def __init__(self, every: int) -> None:
@@ -33,10 +35,11 @@ class PrecisionHealth(Callback):
         watch, trainer.model.clock.watch = trainer.model.clock.watch, None
         if watch is None:
             return
-        figures = watch.figures()
+        figures, broken = watch.figures(), [*dict.fromkeys(watch.broken())]
         if figures:
+            line = {"step": result.step, **figures} | ({"not_finite": broken} if broken else {})
             with (Path(trainer.config.run.dir) / FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": result.step, **figures}) + "\n")
+                file.write(json.dumps(line) + "\n")
         result.metrics |= summed_up(figures)
 
 
