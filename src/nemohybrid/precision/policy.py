@@ -147,6 +147,11 @@ def read_rule(written: Any) -> Rule:
     optional = written.get("optional", False)
     if not isinstance(optional, bool):
         raise ConfigError(f"optional={optional!r} is not true or false")
+    for key in ("name", "layers", "kind", "role"):
+        if written.get(key) is not None and not _list(written[key]):
+            raise ConfigError(
+                f"{key}={written[key]!r} names nothing, which would fit everything; leave it out for that"
+            )
     names, some, kinds, roles = (_list(written.get(key)) for key in ("name", "layers", "kind", "role"))
     for words in some:
         _check_layers(words)
@@ -164,7 +169,7 @@ def _list(value: Any) -> list[Any]:
 
 def recipe_named(name: Any) -> GemmRecipe:
     """Raises ConfigError with the nearest names."""
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ConfigError(
             f"{name!r} is no recipe{did_you_mean(str(name), RECIPES) or '.'} Recipes: {', '.join(RECIPES)}"
         )
@@ -183,6 +188,7 @@ def _check_layers(words: Any) -> None:
 
 def _check_role(role: Any) -> None:
     """Raises ConfigError for what no policy may quantize."""
+    role = role if isinstance(role, str) else str(role)
     if role in NEVER:
         raise ConfigError(f"role={role} can never be quantized: {NEVER[role]}. Legal: {', '.join(ROLES)}")
     if role not in ROLES:
