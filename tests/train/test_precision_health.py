@@ -56,6 +56,14 @@ def test_what_is_not_finite_is_named_though_fp8_hides_it(tmp_path, monkeypatch):
     assert line["not_finite"][0] == "layers.1.mixer.fc2.x"
 
 
+def test_weights_are_seen_also_after_an_evaluation_has_quantized_them(start, tmp_path):
+    words = ["precision.recipe=fp8_current", "precision.backend=emulated", "train.steps=3", "train.evaluate_every=2"]
+    start(*words, "logging.precision_every=3")
+    first, third = records(tmp_path / "run" / FILE)
+    assert first.keys() == third.keys()
+    assert "layers.1.mixer.fc1.w/error" in third
+
+
 def test_figures_are_summed_up_over_layers():
     figures = {"layers.0.fc1.x/error": 0.1, "layers.1.fc1.x/error": 0.3, "layers.0.fc1.w/error": 0.2}
     assert summed_up(figures) == {

@@ -166,6 +166,7 @@ class Trainer:
         """
         evaluation = evaluate(self.model, self.data, self.microbatch, self.step, self._may_go_on)
         self.shared.release()
+        self.model.clock.weights_changed()  # what looks at the next step sees its weights being quantized, too
         if evaluation is not None:
             self.last_evaluation, self.owes_evaluation = evaluation, False
             self._tell("on_evaluation", self, evaluation)
