@@ -8,7 +8,7 @@ import torch
 
 from nemohybrid.precision import numerics
 from nemohybrid.precision.backends.emulated import EmulatedGemm
-from nemohybrid.precision.backends.emulated_experts import expert_products, of_matrix
+from nemohybrid.precision.backends.emulated_experts import expert_products
 from nemohybrid.precision.backends.torch_native import NativeGemm
 from nemohybrid.precision.clock import Clock
 from nemohybrid.precision.delayed import DelayedScales, step_all
@@ -226,7 +226,9 @@ def test_experts_are_layers_of_their_own(recipe):
     ids, weights = torch.randint(2, (T, 1), generator=g), torch.rand(T, 1, generator=g)
     dy = torch.randn(T, D, generator=g)
     slot = Slot("layers.1.mixer.experts", "expert")
-    pair = Pair(*(expert_products(RECIPES[recipe], of_matrix(slot, name)) for name in ("up", "down")))
+    pair = Pair(
+        *(expert_products(RECIPES[recipe], replace(slot, name=f"{slot.name}.{name}")) for name in ("up", "down"))
+    )
 
     def grouped(*leaves):
         return expert_mlp(

@@ -1,6 +1,5 @@
 """Recipes for stacked experts, emulated: each expert's rows and matrix are quantized by themselves, as if it were a layer."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -64,8 +63,3 @@ def _segments(visits: Visits) -> list[slice]:
     """Also of experts whom nobody visits: ranks that share an expert exchange the largest of its parts in step."""
     ends = [0, *visits.ends.tolist()]
     return [slice(start, end) for start, end in pairwise(ends)]
-
-
-def of_matrix(slot: Slot, name: str) -> Slot:
-    """The slot of one of the two matrices: "up" or "down"."""
-    return replace(slot, name=f"{slot.name}.{name}")
