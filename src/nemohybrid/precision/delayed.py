@@ -27,10 +27,12 @@ class DelayedScales(nn.Module):
     scale: Tensor
     history: Tensor
     seen: Tensor
+    maxima: Tensor
 
     def __init__(self, formats: Sequence[str], length: int = LENGTH, device: torch.device | None = None) -> None:
         super().__init__()
-        self.maxima = [FORMATS[fmt].max if fmt in FORMATS else 1.0 for fmt in formats]  # not all need be quantized
+        maxima = [FORMATS[fmt].max if fmt in FORMATS else 1.0 for fmt in formats]  # not all need be quantized
+        self.register_buffer("maxima", torch.tensor(maxima, device=device), persistent=False)
         self.register_buffer("scale", torch.ones(3, device=device))
         self.register_buffer("history", torch.zeros(length, 3, device=device))
         self.register_buffer("seen", torch.zeros(3, device=device), persistent=False)
@@ -55,7 +57,7 @@ class DelayedScales(nn.Module):
         self.history.copy_(self.history.roll(-1, 0))
         self.history[-1] = self.seen
         most = self.history.amax(0)
-        scale = (torch.tensor(self.maxima, device=most.device) / most).clamp(max=FP32_MAX)
+        scale = (self.maxima / most).clamp(max=FP32_MAX)
         usable = (most > 0) & most.isfinite()
         self.scale.copy_(torch.where(usable, scale, self.scale))
         self.seen.zero_()
