@@ -36,6 +36,8 @@ _make_venv() {
   local python torch
   python=$(_find_python) || return 1
   torch=$(_torch_version "$python")
+  # That of an environment that is active cannot be looked through to: only its base can.
+  "$python" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)' || torch=""
   echo "set-up: $("$python" --version) -> $1${torch:+, looking through to the torch $torch installed here}"
   # A torch that came with the machine fits its driver and its other libraries: it is used, never replaced.
   "$python" -m venv ${torch:+--system-site-packages} "$1"

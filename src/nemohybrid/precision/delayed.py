@@ -37,9 +37,10 @@ class DelayedScales(nn.Module):
         self.register_buffer("history", torch.zeros(length, 3, device=device))
         self.register_buffer("seen", torch.zeros(3, device=device), persistent=False)
 
-    @torch.compiler.disable(reason="delayed scaling remembers what it sees, which no graph of torch.compile does")
     def scale_of(self, which: str, x: Tensor) -> Tensor:
         """[1], for x; what is largest in x is remembered."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break("delayed scaling remembers what it sees, which no graph of torch.compile does")
         at = TENSORS.index(which)
         torch.maximum(self.seen[at : at + 1], largest(x.detach()), out=self.seen[at : at + 1])
         return self.scale[at : at + 1]

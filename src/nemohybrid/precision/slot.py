@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from nemohybrid.precision.clock import Clock
@@ -40,7 +39,11 @@ class Slot(Place):
         return random_bytes(x.shape, key, place, x.device)
 
 
-@torch.compiler.assume_constant_result  # a graph cannot look into it
 def _word(name: str) -> int:
     """32 bits of a name."""
     return zlib.crc32(name.encode())
+
+
+# A graph of torch.compile cannot look into it. This is `torch.compiler.assume_constant_result`, which would import the compiler,
+# and with it Triton, at every start.
+setattr(_word, "_dynamo_marked_constant", True)  # noqa: B010
