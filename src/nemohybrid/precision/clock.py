@@ -1,10 +1,8 @@
 """Where a run is: what random bits and quantized weights depend on, besides their layer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nemohybrid.precision.health import Health
+from nemohybrid.precision.health import Health
 
 
 @dataclass
@@ -19,7 +17,7 @@ class Clock:
     step: int = 0
     microbatch: int = 0
     weights: int = 0  # how often they have changed
-    watch: "Health | None" = None  # looks at what is quantized, in the steps that are sampled
+    watch: Health | None = None  # looks at what is quantized, in the steps that are sampled
 
     @property
     def place(self) -> tuple[int, int, int]:

@@ -1,7 +1,6 @@
 """How quantized tensors fare: what is lost at either end of their format, and how far off they are. On sampled steps only."""
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +9,6 @@ from nemohybrid.precision.formats import FORMATS
 from nemohybrid.precision.hadamard import hadamard
 from nemohybrid.precision.numerics import Quantized
 from nemohybrid.precision.recipe import Operand
-
-if TYPE_CHECKING:
-    from nemohybrid.precision.slot import Slot
 
 
 class Health:
@@ -28,27 +24,27 @@ class Health:
         self._finite: list[tuple[str, Tensor]] = []
 
     @torch.no_grad()
-    def quantized(self, slot: "Slot", which: str, x: Tensor, of: Quantized, operand: Operand) -> None:
-        """Take note of a tensor x [M, K] that was quantized. Experts may have no rows: nothing is lost of nothing."""
+    def quantized(self, layer: str, which: str, x: Tensor, of: Quantized, operand: Operand) -> None:
+        """Take note of a tensor x [M, K] of the layer of this name, which was quantized. Of experts without rows nothing is lost."""
         if not x.numel():
             return
         exact = (hadamard(x) if operand.hadamard else x).to(torch.float32)
         got, at_the_end = of.dequantize(), of.values.abs() == FORMATS[operand.format].max
-        self._note(slot, which, "underflow", ((got == 0) & (exact != 0)).float().mean())
+        self._note(layer, which, "underflow", ((got == 0) & (exact != 0)).float().mean())
         self._note(
-            slot, which, "saturated", (at_the_end & (got != 0) & (exact.abs() > got.abs() * (1 + 1e-6))).float().mean()
+            layer, which, "saturated", (at_the_end & (got != 0) & (exact.abs() > got.abs() * (1 + 1e-6))).float().mean()
         )
-        self._note(slot, which, "error", (got - exact).norm() / exact.norm().clamp(min=1e-30))
+        self._note(layer, which, "error", (got - exact).norm() / exact.norm().clamp(min=1e-30))
         if of.columns:
-            self._note(slot, which, "scale_spread", _spread(of.scale))
-        self._finite.append((f"{slot.name}.{which}", exact.isfinite().all()))
+            self._note(layer, which, "scale_spread", _spread(of.scale))
+        self._finite.append((f"{layer}.{which}", exact.isfinite().all()))
 
-    def accepted(self, slot: "Slot", which: str, share: Tensor) -> None:
+    def accepted(self, layer: str, which: str, share: Tensor) -> None:
         """Take note of what a mixture of representations chose."""
-        self._note(slot, which, "accepted", share)
+        self._note(layer, which, "accepted", share)
 
-    def _note(self, slot: "Slot", which: str, figure: str, value: Tensor) -> None:
-        self._sums[slot.name, which, figure].append(value.detach())
+    def _note(self, layer: str, which: str, figure: str, value: Tensor) -> None:
+        self._sums[layer, which, figure].append(value.detach())
 
     def figures(self) -> dict[str, float]:
         """`<layer>.<tensor>/<figure>` -> its mean. Waits for the device, once."""

@@ -50,11 +50,11 @@ def prepare(x: Tensor, operand: Operand, slot: Slot, which: str, random: Tensor 
     if operand.scaling in ("mor", "mor_block"):
         chosen, accepted = mor.by_tensor(x, operand.threshold) if operand.scaling == "mor" else mor.by_block(x)
         if watch is not None and x.numel():
-            watch.accepted(slot, which, accepted)
+            watch.accepted(slot.name, which, accepted)
         return Prepared(chosen)
     quantized = quantize(x, operand, slot, which, amax, random)
     if watch is not None:
-        watch.quantized(slot, which, x, quantized, operand)
+        watch.quantized(slot.name, which, x, quantized, operand)
     return numbers(quantized)
 
 

@@ -71,7 +71,7 @@ def prepare(x: Tensor, operand: Operand, slot: Slot, which: str, random: Tensor 
         return _in_two_kernels(x, operand, slot, which)
     quantized = quantize(x, operand, slot, which, slot.parts.get(which), random)
     if watch is not None:
-        watch.quantized(slot, which, x, quantized, operand)
+        watch.quantized(slot.name, which, x, quantized, operand)
     return pack(quantized, operand)
 
 
