@@ -25,7 +25,7 @@ class Health:
 
     @torch.no_grad()
     def quantized(self, layer: str, which: str, x: Tensor, of: Quantized, operand: Operand) -> None:
-        """Take note of a tensor x [M, K] of the layer of this name, which was quantized. Of experts without rows nothing is lost."""
+        """Take note of x [M, K] of the layer of this name. Experts may have no rows: nothing is lost of nothing."""
         if not x.numel():
             return
         exact = (hadamard(x) if operand.hadamard else x).to(torch.float32)
