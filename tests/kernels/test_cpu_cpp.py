@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from nemohybrid_kernels import cpp
 from nemohybrid_kernels.activation import squared_relu_torch
@@ -295,18 +296,32 @@ TRACED = {
 }
 
 
+def traced(name):
+    """What to run, and the tensors to give it."""
+    run, given = TRACED[name]
+    inputs = {key: tensor for key, tensor in given.items() if tensor is not None}
+    return partial(run, **dict.fromkeys(given.keys() - inputs.keys())), inputs
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("name", TRACED)
 def test_torch_compile_takes_each_as_a_step_of_one_graph(name, results_and_gradients):
     """Forward and backward, and with the very results."""
-    run, given = TRACED[name]
-    inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
-    run = partial(run, **dict.fromkeys(given.keys() - inputs.keys()))
+    run, inputs = traced(name)
     torch.compiler.reset()
     want = results_and_gradients(run, inputs)
     got = results_and_gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), inputs)
     different = [key for key, tensor in want.items() if not torch.equal(got[key], tensor)]
     assert not different
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_layer_that_is_computed_again_has_the_same_gradients(name, results_and_gradients):
+    """A checkpoint gives out what was saved once, and only once."""
+    run, inputs = traced(name)
+    plain = results_and_gradients(run, inputs)
+    again = results_and_gradients(lambda **i: checkpoint(run, use_reentrant=False, **i), inputs)
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
 
 
 def test_results_depend_neither_on_the_run_nor_on_the_threads(results_and_gradients):

@@ -68,8 +68,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (B, H, L, P), dout = ctx.shape, grads[0].reshape(ctx.saved_tensors[0].shape)
-        dq, dk, dv = _backward(dout, *ctx.saved_tensors, H, L, ctx.scale)
+        (B, H, L, P), saved = ctx.shape, ctx.saved_tensors
+        dq, dk, dv = _backward(grads[0].reshape(saved[0].shape), *saved, H, L, ctx.scale)
         return dq.view(ctx.shape), dk.view(B, -1, L, P), dv.view(B, -1, L, P), None, None
 
 

@@ -77,8 +77,9 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients = _backward(grads[0], *ctx.saved_tensors, ctx.silu)
-        wanted = (None if t is None else d for d, t in zip(gradients, ctx.saved_tensors, strict=False))
+        saved = ctx.saved_tensors
+        gradients = _backward(grads[0], *saved, ctx.silu)
+        wanted = (None if t is None else d for d, t in zip(gradients, saved, strict=False))
         return *wanted, None, None
 
 

@@ -76,7 +76,8 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, starts, made = ctx.saved_tensors[:7], ctx.saved_tensors[7], ctx.saved_tensors[8:]
+        saved = ctx.saved_tensors
+        inputs, starts, made = saved[:7], saved[7], saved[8:]
         gradients = _backward(grads[0], *inputs, starts, list(made), ctx.limit, *ctx.sizes)
         wanted = (None if t is None else d for d, t in zip(gradients, inputs, strict=True))
         return *wanted, *(None,) * 8

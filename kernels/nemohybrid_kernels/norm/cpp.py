@@ -36,8 +36,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx, dz, dw = _backward(grads[0], *ctx.saved_tensors, ctx.group)
-        return dx, None if ctx.saved_tensors[1] is None else dz, dw, None, None
+        saved = ctx.saved_tensors
+        dx, dz, dw = _backward(grads[0], *saved, ctx.group)
+        return dx, None if saved[1] is None else dz, dw, None, None
 
 
 def like(x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float) -> tuple[Tensor, Tensor]:
