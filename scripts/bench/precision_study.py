@@ -68,7 +68,8 @@ MODEL = [
     "data=shakespeare",
     "data.sequence_length=128",
     "train.global_batch=8",
-    "optim.lr=4e-3",
+    "optim.lr=2e-3",
+    "train.threads=1",
     "schedule=wsd",
 ]
 
@@ -113,7 +114,8 @@ def train(output: Path, arm: str, seed: int, steps: int, more: Sequence[str]) ->
     words = [*MODEL, f"train.steps={steps}", f"run.seed={seed}", f"run.dir={folder}", *ARMS[arm], *more]
     words += [f"train.evaluate_every={steps}", "logging.console=quiet", "run.device=cpu"]
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "nemohybrid", "train", *words], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "wide_products.py"), "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{arm}, seed {seed}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -127,7 +129,7 @@ def train(output: Path, arm: str, seed: int, steps: int, more: Sequence[str]) ->
 def cost(output: Path, arms: Sequence[str], steps: int, more: Sequence[str]) -> None:
     """Medians over steps of an arm's time over that of bf16 beside it. All arms train in one process, a step each in turns."""
     output.mkdir(parents=True, exist_ok=True)
-    words = [*MODEL, f"data.cache={output}/cache", f"train.steps={steps}", "run.device=cpu", "train.threads=1", *more]
+    words = [*MODEL, f"data.cache={output}/cache", f"train.steps={steps}", "run.device=cpu", *more]
     trainers = {}
     for arm in dict.fromkeys(["bf16", *arms]):
         config = load_config([*words, *ARMS[arm], f"run.dir={folder_of(output, arm, 0)}"])
