@@ -2,6 +2,7 @@
 
 import pytest
 
+from nemohybrid.config.context import attention_way, mamba_way
 from nemohybrid.config.ranks import data_ranks, shard_ranks
 from nemohybrid.config.run_config import RunConfig
 
@@ -104,16 +105,37 @@ def test_only_sequence_parallelism_asks_for_a_length(compose):
     "tensor, legal", [(1, "1, 2, 4, 8, 16, 32, 64, 128"), (4, "1, 2, 4, 8, 16, 32"), (8, "1, 2, 4, 8, 16")]
 )
 def test_context_ranks_share_the_mamba_heads_of_a_tensor_rank(tensor, legal, complaint):
-    message = complaint("model=nemotron3_super", f"parallel.tensor={tensor}", "parallel.context=3")
+    words = ["model=nemotron3_super", f"parallel.tensor={tensor}", "parallel.context=3"]
+    message = complaint(*words, "parallel.context_method=all_to_all")
     assert f"{128 // tensor} Mamba heads and {8 // tensor} groups of a tensor rank" in message
-    assert message.endswith(f"Legal: parallel.context={legal}")
+    assert f"a tensor rank cannot be shared by it. Legal: parallel.context={legal};" in message
 
 
 def test_context_ranks_need_a_multiple_or_a_divisor_of_the_groups(complaint):
     sizes = ["model.mamba_num_heads=24", "model.mamba_num_groups=4", "data.sequence_length=240"]
-    message = complaint(*sizes, "parallel.context=6")
+    message = complaint(*sizes, "parallel.context=6", "parallel.context_method=ring+all_to_all")
     assert "24 Mamba heads and 4 groups" in message, "6 divides the heads but not the groups"
     assert "Legal: parallel.context=1, 2, 4, 8, 12, 24" in message
+
+
+@pytest.mark.parametrize(
+    "words, ways",
+    [
+        (
+            ["model=nemotron_h_8b", "data.sequence_length=8192"],
+            ("heads", "states"),
+        ),  # 8 query heads for each key/value head
+        (["model=nemotron_h_8b", "data.sequence_length=8192", "parallel.tensor=8"], ("heads", "states")),
+        (["model=nemotron_h_8b", "data.sequence_length=64"], ("heads", "heads")),  # a state weighs more than 32 tokens
+        (["model=tiny"], ("heads", "states")),
+        (["model=tiny", "model.num_attention_heads=5", "model.num_query_groups=1"], ("ring", "states")),
+        (["model=tiny", "parallel.context_method=ring+all_to_all"], ("ring", "heads")),
+    ],
+)
+def test_how_context_ranks_share_is_chosen_by_what_is_sent(words, ways, compose):
+    world = 2 * (8 if "parallel.tensor=8" in words else 1)
+    config = compose(*words, "parallel.context=2", "train.global_batch=2", world_size=world)
+    assert (attention_way(config), mamba_way(config)) == ways
 
 
 def test_a_batch_is_shared_by_data_ranks(complaint, compose):

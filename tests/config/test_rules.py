@@ -84,11 +84,6 @@ CASES = {
     ),
     "data_is_a_number": (["parallel.data=many"], ["auto or a number"], ["parallel.data=1"]),
     "ranks_make_the_world": (["parallel.data=2"], ["start 2 processes"], ["parallel.data=1"]),
-    "layouts_of_this_version": (
-        ["parallel.context=2"],
-        ["parallel.context=2", "does not share a sequence", "parallel.context=1"],
-        ["parallel.context=1"],
-    ),
     "shards_and_their_copies": (
         ["parallel.data_mode=hybrid", "parallel.data_shard=2"],
         ["parallel.data_shard=2", "1 data rank cannot be cut", "parallel.data_mode=full_shard, replicate"],
@@ -220,9 +215,19 @@ CASES = {
         ["data.sequence_length=64, 68"],
         ["data.sequence_length=66"],
     ),
+    "tokens_of_a_context_rank": (
+        ["parallel.context=2", "data.sequence_length=4"],
+        ["2 tokens of a rank are fewer than the 3", "data.sequence_length=6 or more"],
+        [],
+    ),
     "mamba_over_context": (
-        ["parallel.context=3"],
-        ["parallel.context=3", "8 Mamba heads and 2 groups", "parallel.context=1, 2, 4, 8"],
+        ["parallel.context=3", "parallel.context_method=all_to_all"],
+        ["parallel.context=3", "8 Mamba heads and 2 groups", "parallel.context=1, 2, 4, 8", "ring+states"],
+        [],
+    ),
+    "attention_over_context": (
+        ["parallel.context=3", "parallel.context_method=all_to_all"],
+        ["parallel.context=3", "query heads and", "key/value heads of a tensor rank", "ring+states"],
         [],
     ),
     "options_are_of_layers": (

@@ -18,7 +18,8 @@ from nemohybrid.generate.sampling import Sampling
 from nemohybrid.generate.speculative import Acceptance, SpeculativeDecoder
 from nemohybrid.model import SequenceContext
 from nemohybrid.model.mlp import MLP
-from nemohybrid.model.mtp import shifted
+from nemohybrid.parallel.context import Group
+from nemohybrid.parallel.context_parallel.moves import shifted
 
 GREEDY, WARM = Sampling(temperature=0), Sampling(temperature=1.0, top_k=5)
 SEPARATE = {"mtp": MTPConfig(repeat_block=False)}
@@ -70,7 +71,7 @@ def drafted_from_scratch(model, tokens, count):
         seq = SequenceContext(1, len(tokens))
         hidden = model.hidden_states(ids, seq)
         for depth in range(last + 1):
-            hidden = model.mtp_step(depth, hidden, shifted(ids, depth + 1), seq)
+            hidden = model.mtp_step(depth, hidden, shifted(ids, depth + 1, Group()), seq)
         tokens.append(model.output.logits(hidden[len(tokens) - 2 - last]).argmax().item())
     return tokens[len(tokens) - count :]
 

@@ -17,20 +17,29 @@ import nemohybrid.train.balance as balance
 import nemohybrid.train.build as build
 import nemohybrid.train.parity as parity
 import nemohybrid.train.step as step
-from nemohybrid.model import embedding
+from nemohybrid.model import embedding, sequence
+from nemohybrid.model import mamba2_shared_rows as shared_rows
 from nemohybrid.model.linear import Linear
 from nemohybrid.model.mamba2 import CausalConv
+from nemohybrid.model.mamba2_shared_rows import HeadsPart
 from nemohybrid.model.moe.balance import RouterLosses, Rows
+from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.collectives import gathered, own_part, summed, summed_part
 from nemohybrid.parallel.context import Group
+from nemohybrid.parallel.context_parallel import ring, states
 from nemohybrid.parallel.expert import routes
 from nemohybrid.parallel.layout import attach, layout_of
 from nemohybrid.parallel.tensor import TensorRanks, _exchange
+from nemohybrid.train import batch
 from nemohybrid.train.batch import Batch
+
+SHARED_BY = Batch.shared_by
 
 TP2, TP2_SP, TP4 = Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(tensor=4)
 DP2, FULL2 = Layout(data=2), Layout(data=2, shard=2)
 PP2, VPP2 = Layout(pipeline=2), Layout(pipeline=2, virtual=2)
+RING2, HEADS2 = Layout(context=2, method="ring+states"), Layout(context=2, method="all_to_all")
+RING4 = Layout(context=4, method="ring+states")
 PP2_FULL2 = Layout(pipeline=2, data=2, shard=2)
 EP2, ETP2 = Layout(data=2, expert=2), Layout(data=2, expert_tensor=2)
 
@@ -175,7 +184,7 @@ def the_router_bias_follows_the_load_of_its_own_rank():
 @fault(TP2)
 def a_state_leaks_across_a_document():
     real = CausalConv.forward
-    CausalConv.forward = lambda self, x, ids, past: real(self, x, None, past)
+    CausalConv.forward = lambda self, x, ids, past, channels=None: real(self, x, None, past, channels)
 
 
 @fault(FULL2)
@@ -323,6 +332,121 @@ def a_stage_forgets_what_it_was_given_back():
         real(self, stage, microbatch)
 
     pipeline._DO["send_gradient"] = forgetful
+
+
+@fault(RING2)
+def a_state_begins_with_zeros_on_every_context_rank():
+    shared_rows.carried = lambda left, decay, group: torch.zeros_like(left)
+
+
+@fault(RING4)
+def a_state_is_passed_on_to_the_next_rank_alone():
+    real = states._summed_up
+    states._summed_up = lambda left, decay, group, way: real(left, torch.zeros_like(decay), group, way)
+
+
+@fault(RING2)
+def the_gradient_of_a_state_stays_on_its_rank():
+    real = states._summed_up
+    states._summed_up = lambda left, decay, group, way: real(left, decay, group, way) * (way > 0)
+
+
+@fault(RING4)
+def the_decay_of_a_rank_gets_no_gradient():
+    real = shared_rows.carried
+    shared_rows.carried = lambda left, decay, group: real(left, decay.detach(), group)
+
+
+@fault(RING2)
+def a_convolution_sees_no_tokens_of_the_rank_before():
+    shared_rows.from_left = lambda x, group: torch.zeros_like(x)
+
+
+@fault(RING2)
+def a_convolution_sees_another_document_on_the_rank_before():
+    shared_rows._last_inputs = lambda mixer, xbc, seq: xbc[:, xbc.shape[1] - mixer.conv.weight.shape[-1] + 1 :]
+
+
+@fault(RING2)
+def a_document_goes_on_wherever_a_rank_begins():
+    SequenceContext.goes_on_from_left = lambda seq: float(seq.context.rank > 0)
+
+
+@fault(RING4)
+def documents_have_the_numbers_that_their_rank_gives_them():
+    real = sequence.borders
+
+    def alone(ids, group):
+        found = real(ids, group)
+        return replace(found, segments=found.segments - found.segments[:, :1])
+
+    sequence.borders = alone
+
+
+@fault(RING2)
+def keys_of_other_ranks_are_not_attended_to():
+    real = ring._round
+    ring._round = lambda kv, own, group: list(real(kv, own, group))[:1]
+
+
+@fault(RING4)
+def gradients_of_keys_end_on_the_neighbour():
+    real = ring.gradients_of_part
+    ring.gradients_of_part = lambda q, keys, *rest: (
+        real(q, keys, *rest)[0],
+        *(g.flip(0, 2) for g in real(q, keys, *rest)[1:]),
+    )
+
+
+@fault(RING2)
+def parts_of_an_attention_are_joined_as_equals():
+    ring.join = lambda out, sums, more: ((out + more[0]) / 2, torch.logaddexp(sums, more[1]))
+
+
+@fault(HEADS2)
+def heads_come_back_in_the_order_of_the_other_rank():
+    real = shared_rows.to_tokens
+    shared_rows.to_tokens = lambda x, group: real(x, group).roll(x.shape[-1], -1)
+
+
+@fault(HEADS2)
+def a_rank_takes_the_weights_of_the_first_heads():
+    real = HeadsPart.of.__func__
+    HeadsPart.of = classmethod(lambda cls, mixer, group, device: replace(real(cls, mixer, group, device), first=0))
+
+
+@fault(HEADS2)
+def heads_of_all_tokens_know_the_documents_of_their_own_alone():
+    sequence.whole_rows = lambda values, group: values.repeat(1, group.size)
+
+
+@fault(HEADS2)
+def drafts_are_of_the_tokens_of_their_own_rank():
+    real = batch.shifted
+    batch.shifted = lambda values, by, group=None: real(values, by, Group())
+
+
+@fault(RING2)
+def the_balance_of_a_row_is_judged_by_the_tokens_of_a_context_rank():
+    real = RouterLosses.arrived
+
+    def alone(self, *args):
+        self.context = replace(self.context, context=Group())
+        return real(self, *args)
+
+    RouterLosses.arrived = alone
+
+
+@fault(RING2)
+def context_ranks_train_on_the_same_tokens():
+    Batch.shared_by = lambda self, context: (
+        replace(self, context=context) if context.size == 1 else first_run(self, context)
+    )
+
+
+def first_run(whole, context):
+    real = SHARED_BY
+    return replace(real(whole, Group(context.size, 0, context.handle)), context=context)
 
 
 @fault(EP2)

@@ -46,6 +46,18 @@ LAYOUTS = [
     Layout(tensor=2, data=2, sequence=True, expert=4),
     Layout(tensor=4, sequence=True, expert=2, expert_tensor=1),
     Layout(tensor=2, data=2, shard=2, sequence=True, expert_tensor=1),
+    # tokens of a row on several ranks
+    Layout(context=2, method="all_to_all"),
+    Layout(context=2, method="ring+states"),
+    Layout(context=4, method="all_to_all"),
+    Layout(context=4, method="ring+states"),
+    Layout(context=2, data=2, shard=4, method="all_to_all+states"),
+    Layout(context=2, tensor=2, sequence=True, method="ring+all_to_all"),
+    Layout(context=2, tensor=2, sequence=True, expert=4, method="ring+states"),
+    Layout(context=4, tensor=2, sequence=True, expert=8, method="ring+states"),
+    Layout(context=2, pipeline=2, method="ring+states"),
+    Layout(context=2, pipeline=2, data=2, expert=4, method="all_to_all"),
+    Layout(context=2, data=2, shard=2, mode="hybrid", method="ring+states"),
     # all of it
     Layout(pipeline=2, data=2, expert=2),
     Layout(pipeline=2, virtual=2, tensor=2, sequence=True, expert=2),
@@ -65,14 +77,22 @@ def test_every_gradient_and_weight_equals_one_rank(layout, model):
     assert len(comparison.tensors) > 80
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(tensor=4, sequence=True)], ids=str)
+IN_PLACE = [Layout(tensor=2), Layout(tensor=4, sequence=True), Layout(context=4, method="ring+states")]
+"""Ranks that share the tokens of a row, or its width."""
+
+
+@pytest.mark.parametrize("layout", IN_PLACE, ids=str)
 def test_a_tied_vocabulary_and_a_global_balance_equal_one_rank(layout):
     """Data ranks know other loads than one rank at the same moment (docs/moe.md), so the ranks here share the tokens."""
     comparison = compare(layout, "tied", packed=False)
     assert not comparison.faults(TOLERANCE), "\n".join(comparison.faults(TOLERANCE))
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=4, sequence=True), Layout(data=4, shard=4)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tensor=4, sequence=True), Layout(data=4, shard=4), Layout(tensor=2, sequence=True, context=2)],
+    ids=str,
+)
 def test_visits_in_turns_and_ranks_whose_rows_are_padding_equal_one_rank(layout):
     comparison = compare(layout, "forced", steps=2)
     assert not comparison.faults(TOLERANCE), "\n".join(comparison.faults(TOLERANCE))

@@ -1,9 +1,9 @@
 """Recipes under parallel layouts: equal to one rank where ranks quantize what one rank does, and near it elsewhere.
 
-Equal (1e-5, as without a recipe): data ranks, weights that are cut over them, stages of a pipeline, and tensor ranks, which
-exchange the largest of what they hold parts of. Random bits are those of the rank, so recipes that round at random are equal in a
-pipeline alone. Near (by less than the recipe is off from fp32): tensor ranks that draw or choose by themselves, and experts on
-other ranks, who get other tokens at a time than on one.
+Equal (1e-5, as without a recipe): data ranks, weights that are cut over them, stages of a pipeline, and tensor and context
+ranks, which exchange the largest of what they hold parts of. Random bits are those of the rank, so recipes that round at random
+are equal in a pipeline alone. Near (by less than the recipe is off from fp32): tensor ranks that draw or choose by themselves,
+and experts on other ranks, who get other tokens at a time than on one.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from nemohybrid.train.parity import Observation
 
 MODEL, STEPS = "blocks", 2
 EQUAL = {
-    "fp8_current": [Layout(tensor=2, sequence=True), Layout(data=2, shard=2)],
+    "fp8_current": [Layout(tensor=2, sequence=True), Layout(data=2, shard=2), Layout(context=2, method="all_to_all")],
     "fp8_block": [Layout(data=2, expert=2)],
     "mxfp8": [Layout(tensor=2), Layout(data=2, expert=2)],
     "nvfp4_no_sr": [Layout(tensor=2, sequence=True), Layout(data=4, shard=2, mode="hybrid")],

@@ -141,6 +141,8 @@ class Layout:
     expert: int = 1
     expert_tensor: int | None = None
     room: float | None = None  # of the exchange between experts
+    context: int = 1
+    method: str = "auto"  # of context ranks
 
     @property
     def folds(self) -> bool:
@@ -148,17 +150,18 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.data * self.pipeline
+        return self.tensor * self.data * self.pipeline * self.context
 
-    def of_this_rank(self) -> ParallelContext:
+    def of_this_rank(self, config: RunConfig | None = None) -> ParallelContext:
         """Collective."""
-        return divide(torch.device("cpu"), axes(self.configured(RunConfig()), self.ranks))
+        return divide(torch.device("cpu"), axes(self.configured(config or RunConfig()), self.ranks))
 
     def configured(self, config: RunConfig) -> RunConfig:
         mode = self.mode if self.shard > 1 else "replicate"
         names = {"tensor": self.tensor, "sequence": self.sequence, "data_mode": mode, "pipeline": self.pipeline}
         names |= {"reduce_every_microbatch": self.every, "virtual_pipeline": self.virtual, "schedule": self.schedule}
         names |= {"expert": self.expert, "expert_tensor": self.expert_tensor, "expert_room": self.room}
+        names |= {"context": self.context, "context_method": self.method}
         names["data_shard"] = self.shard if mode == "hybrid" else None
         return replace(config, parallel=replace(config.parallel, **names))
 
@@ -169,9 +172,10 @@ class Layout:
         width = f"xETP{self.expert_tensor}" if self.expert_tensor else ""
         experts = f"EP{self.expert}{width}{f'-room{self.room:g}' if self.room else ''}" if self.folds else ""
         tensor = f"TP{self.tensor}{'+SP' if self.sequence else ''}" if self.tensor > 1 else ""
+        context = f"CP{self.context}{'' if self.method == 'auto' else '-' + self.method}" if self.context > 1 else ""
         cut = f"{self.mode}{self.shard}{'-every' if self.every else ''}" if self.shard > 1 else ""
         copies = f"DP{self.data // self.shard}" if self.data > self.shard else ""
-        return "-".join(filter(None, (pipeline, tensor, experts, cut, copies))) or "one"
+        return "-".join(filter(None, (pipeline, tensor, experts, context, cut, copies))) or "one"
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def compare(
 
         def member(rank: int) -> None:
             before()
-            seen = observe(config, layout.of_this_rank(), steps, packed)
+            seen = observe(config, layout.of_this_rank(config), steps, packed)
             found = [encoded(difference(n, seen.tensors.get(n), wanted)) for n, wanted in reference.tensors.items()]
             strangers = sorted(seen.tensors.keys() - reference.tensors.keys())
             report = {"numbers": seen.numbers, "tensors": found, "strangers": strangers}

@@ -73,6 +73,12 @@ class ParallelSection(Section):
         choices=("auto", "gpipe", "1f1b", "interleaved"),
     )
     context: int = option(1, "ranks that share a sequence", minimum=1)
+    context_method: str = option(
+        "auto",
+        "how they do, in attention + Mamba-2. all_to_all: every rank takes all tokens of some heads; ring: keys and values go "
+        "round; states: a rank passes on what its tokens leave. auto: what sends least of what the heads allow",
+        choices=("auto", "all_to_all", "ring+states", "all_to_all+states", "ring+all_to_all"),
+    )
     expert: int = option(1, "ranks that share the experts, of the data and tensor ranks of a stage", minimum=1)
     expert_tensor: int | None = option(
         None, "ranks that share the width of an expert; empty: 1 with expert > 1, else as tensor", minimum=1

@@ -8,10 +8,15 @@ from nemohybrid.config.run_config import RunConfig
 
 
 def data_ranks(config: RunConfig, world_size: int) -> int:
-    """Data-parallel ranks, with `auto` resolved."""
+    """Data-parallel ranks, which have other rows of the batch, with `auto` resolved."""
     others = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     data = config.parallel.data
     return int(data) if data.isdecimal() and int(data) else max(1, world_size // others)  # a rule refuses other words
+
+
+def token_ranks(config: RunConfig, world_size: int) -> int:
+    """Ranks that have other tokens of the batch: data x context. They share weights as data ranks do."""
+    return data_ranks(config, world_size) * config.parallel.context
 
 
 def data_mode(parallel: ParallelSection) -> str:
@@ -25,8 +30,8 @@ def data_mode(parallel: ParallelSection) -> str:
 
 
 def shard_ranks(config: RunConfig, world_size: int) -> int:
-    """Data ranks over which weights, gradients and optimizer state are cut; 1: each holds everything."""
-    parallel, ranks = config.parallel, data_ranks(config, world_size)
+    """Data and context ranks over which weights, gradients and optimizer state are cut; 1: each holds everything."""
+    parallel, ranks = config.parallel, token_ranks(config, world_size)
     if data_mode(parallel) == "replicate":
         return 1
     if data_mode(parallel) != "hybrid":
@@ -57,9 +62,9 @@ def folds(parallel: ParallelSection) -> bool:
 
 
 def fewest_data_ranks(parallel: ParallelSection) -> int:
-    """That make room for all experts, beside the tensor ranks."""
-    block = parallel.expert * expert_tensor(parallel)
-    return math.lcm(block, parallel.tensor) // parallel.tensor
+    """That make room for all experts, beside the tensor and context ranks."""
+    block, others = parallel.expert * expert_tensor(parallel), parallel.tensor * parallel.context
+    return math.lcm(block, others) // others
 
 
 def schedule(parallel: ParallelSection, stages: int) -> str:

@@ -1,5 +1,7 @@
 """`*`: grouped-query causal attention."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from nemohybrid.model.norm import normed, optional_norm
 from nemohybrid.model.rope import rotate
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.context_parallel.attention import attend_by_heads
+from nemohybrid.parallel.context_parallel.ring import ring_attention
 from nemohybrid_kernels.attention import Documents, attention
 
 # B batch, L length, S past + length, T tokens = B*L, D hidden, H query heads, K key/value heads, P head dim
@@ -49,17 +53,18 @@ class Attention(Mixer):
     """Grouped-query causal attention. No positional embedding by default (Nemotron-H, section 2); RoPE as an option.
 
     Documents in `seq` never attend to each other. Tensor ranks share the query heads, and with them the key/value heads;
-    where there are fewer of those than ranks, neighbours hold the same one.
+    where there are fewer of those than ranks, neighbours hold the same one. Context ranks share them once more, or send keys
+    and values round.
     """
 
-    shares_tokens = True
+    shares_tokens = shares_rows = True
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__(config, context)
         heads, groups = config.num_attention_heads or 0, config.num_query_groups or 0
         self.head_dim = config.head_dim or 0
         self.rope_theta = config.attention.rope_theta if config.attention.position_embedding == "rope" else None
-        self.softcap, self.backend = config.attention.softcap, "auto"
+        self.softcap, self.backend, self.way = config.attention.softcap, "auto", context.ways.attention
         qk_norm, epsilon = config.attention.qk_norm, config.norm_epsilon
         self.q_norm, self.k_norm = (optional_norm(qk_norm, self.head_dim, epsilon, "always") for _ in "qk")
         self.v_norm = optional_norm(config.attention.v_norm, self.head_dim, epsilon, "always")
@@ -93,6 +98,8 @@ class Attention(Mixer):
             positions = seq.positions(x.device)
             q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
         documents = mask = None
+        if seq.is_shared:
+            return seq.leave(self.out_proj(self._attend_shared(q, k, v, seq).transpose(1, 2).reshape(seq.tokens, -1)))
         if seq.cache is None:
             documents = seq.documents(x.device)
         else:
@@ -100,6 +107,14 @@ class Attention(Mixer):
             k, v = seq.cache.states.setdefault(self, KeyValueCache()).append(k, v)
         out = self._attend(q, k, v, mask, documents)
         return seq.leave(self.out_proj(out.transpose(1, 2).reshape(seq.tokens, -1)))
+
+    def _attend_shared(self, q: Tensor, k: Tensor, v: Tensor, seq: SequenceContext) -> Tensor:
+        """`_attend` for this rank's tokens of rows that others have more of."""
+        if self.way == "ring":
+            return ring_attention(q, k, v, seq.segments, seq.context, self.softcap)
+        documents = seq.documents(q.device)
+        attend = partial(self._attend, mask=None, documents=documents)
+        return attend_by_heads(q, k, v, attend, seq.context)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None = None

@@ -17,11 +17,12 @@ from nemohybrid.model.init import allocate, initialize
 from nemohybrid.model.layer import Layer
 from nemohybrid.model.linear import casting_modules
 from nemohybrid.model.moe import layer as moe_layer
-from nemohybrid.model.mtp import MTPBlock, build_mtp, shifted
+from nemohybrid.model.mtp import MTPBlock, build_mtp
 from nemohybrid.model.norm import RMSNorm
 from nemohybrid.model.sequence import SequenceContext
 from nemohybrid.model.stage import Stage, all_of
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.context_parallel.moves import shifted
 from nemohybrid.parallel.data import Unit
 from nemohybrid.parallel.layout import attach, layout_of
 from nemohybrid.parallel.tensor import TensorRanks
@@ -152,7 +153,7 @@ class HybridModel(nn.Module):
     def forward(self, input_ids: Tensor, seq: SequenceContext | None = None) -> Tensor:
         """input_ids [B, L] -> logits [B, L, vocab_size] in the compute dtype. `seq` None: one document a row."""
         batch, length = input_ids.shape
-        seq = seq or SequenceContext(batch, length)
+        seq = seq or self._plain(batch, length)
         return self.output.logits(self.hidden_states(input_ids, seq), seq).view(batch, length, -1)
 
     def tensor_ranks(self, seq: SequenceContext) -> TensorRanks:
@@ -191,13 +192,20 @@ class HybridModel(nn.Module):
         batch, length = input_ids.shape
         if not input_ids.numel():
             raise DataError(f"input_ids are {[batch, length]}: there is no token")
-        seq = seq or SequenceContext(batch, length)
+        seq = seq or self._plain(batch, length)
         if (seq.batch, seq.length) != (batch, length):
             described = [seq.batch, seq.length]
             raise DataError(f"input_ids are {[batch, length]}, but the sequence context describes {described}")
+        if seq.context.size != self.context.context.size:
+            shared = f"{self.context.context.size} ranks share the rows of this model"
+            raise DataError(f"{shared}, but the sequence context describes {seq.context.size}")
         seq.ranks = self.tensor_ranks(seq)
         seq.ranks.check(seq.tokens)
         return seq
+
+    def _plain(self, batch: int, length: int) -> SequenceContext:
+        """One document a row."""
+        return SequenceContext(batch, length, context=self.context.context)
 
     def forward_mtp(self, input_ids: Tensor, seq: SequenceContext | None = None) -> list[Tensor]:
         """input_ids [B, L] -> for each MTP depth k = 0, 1, ... logits [B, L-1-k, vocab_size].
@@ -206,7 +214,7 @@ class HybridModel(nn.Module):
         where the row has none to predict.
         """
         batch, length = input_ids.shape
-        seq = seq or SequenceContext(batch, length)
+        seq = seq or self._plain(batch, length)
         hidden = self.mtp_hidden_states(self.hidden_states(input_ids, seq), input_ids, seq)
         logits = (self.output.logits(h, seq).view(batch, length, -1) for h in hidden)
         return [draft[:, : max(0, length - 1 - k)] for k, draft in enumerate(logits)]
@@ -218,7 +226,7 @@ class HybridModel(nn.Module):
         """
         results: list[Tensor] = []
         for depth in range(self.mtp_depth):
-            hidden = self.mtp_step(depth, hidden, shifted(input_ids, depth + 1), seq)
+            hidden = self.mtp_step(depth, hidden, shifted(input_ids, depth + 1, seq.context), seq)
             results.append(hidden)
         return results
 

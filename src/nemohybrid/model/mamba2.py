@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.model.init import constant, inverse_softplus_dt, log_uniform_A, uniform
 from nemohybrid.model.linear import COLUMN, ROW, Linear
+from nemohybrid.model.mamba2_shared_rows import HeadsPart, by_heads, by_states
 from nemohybrid.model.mixer import Mixer, mixer, residual_std
 from nemohybrid.model.norm import GatedRMSNorm, normed, optional_norm
 from nemohybrid.model.sequence import SequenceContext
@@ -81,9 +82,16 @@ class CausalConv(nn.Module):
         self.weight = parameter(*(Piece(n, (w, kernel), init) for n, w in widths.items()), **cut)
         self.bias = parameter(*(Piece(n, (w,), init) for n, w in widths.items()), **cut) if bias else None
 
-    def forward(self, x: Tensor, ids: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, L, C], its document ids and the inputs before it -> the same shape, and the last inputs."""
-        return causal_conv1d(x, self.weight, self.bias, document_ids=ids, initial_state=past, backend=self.backend)
+    def forward(
+        self, x: Tensor, ids: Tensor | None, past: Tensor | None, channels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, L, C], its document ids and the inputs before it -> the same shape, and the last inputs.
+
+        channels [C]: which they are; None: all.
+        """
+        weight = self.weight if channels is None else self.weight[channels]
+        bias = self.bias if channels is None or self.bias is None else self.bias[channels]
+        return causal_conv1d(x, weight, bias, document_ids=ids, initial_state=past, backend=self.backend)
 
 
 @mixer("M", "Mamba-2")
@@ -92,10 +100,10 @@ class Mamba2(Mixer):
 
     in_proj -> (z, x, B, C, dt); conv + SiLU over x, B, C; dt = softplus(dt + dt_bias), without a floor; SSD scan with skip
     D; RMSNorm of y * silu(z) within groups; out_proj. A_log, D, dt_bias and the scan's decays are fp32 throughout.
-    Tensor ranks share the groups, and their heads with them.
+    Tensor ranks share the groups, and their heads with them. Context ranks share the heads once more, or pass states on.
     """
 
-    shares_tokens = True
+    shares_tokens = shares_rows = True
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__(config, context)
@@ -106,7 +114,7 @@ class Mamba2(Mixer):
         self.chunk_size, self.backend = config.chunk_size, "auto"
         self.mixer_backend = "auto"  # "triton" or "cpp": all between the projections in one; "separate": one by one
         self.mixer_recompute = False  # of that one operator, if it is Triton's
-        self.state = config.ssm_state_size
+        self.state, self.way, self.has_whole_rows = config.ssm_state_size, context.ways.mamba, context.context.size == 1
         self.dt_limit = None if config.dt_limit is None else (config.dt_limit[0], config.dt_limit[1])
         convolved = {"x": inner, "B": shared, "C": shared}
         per_head: dict[str, Any] = {"shard": Shard(axis=0), "context": context}
@@ -145,6 +153,9 @@ class Mamba2(Mixer):
         if seq.cache is None and self.is_fused(zxbcdt):
             return seq.leave(self.out_proj(self._all_at_once(zxbcdt, seq.document_ids).reshape(seq.tokens, -1)))
         z, xbc, dt = zxbcdt.split([self.inner, sum(self.in_proj.widths[1:4]), self.heads], dim=-1)
+        if seq.is_shared:
+            y = (by_heads if self.way == "heads" else by_states)(self, xbc, dt, seq)
+            return seq.leave(self.out_proj(self.norm(y, z).reshape(seq.tokens, -1)))
         call = Call(xbc, dt, seq.document_ids, self._past(seq), seq.goes_on())
         y, state = self._recur(call)
         if seq.cache is not None:
@@ -159,10 +170,15 @@ class Mamba2(Mixer):
 
     def fused_backend(self, like: Tensor) -> str | None:
         """The backend of that operator where it is fast, and no part is asked for otherwise. It knows no norms of x, B and
-        C, and no state to go on from."""
+        C, no state to go on from, and no rows that ranks share."""
         parts = {self.backend, self.conv.backend, self.norm.backend}
         extras = self.x_norm or self.B_norm or self.C_norm
-        if self.mixer_backend == "separate" or extras is not None or not parts <= {"auto", "triton", "cpp"}:
+        if (
+            not self.has_whole_rows
+            or self.mixer_backend == "separate"
+            or extras is not None
+            or not parts <= {"auto", "triton", "cpp"}
+        ):
             return None
         backends = mixer_backends(like.dtype, self.inner // self.heads, self.state, self.norm.group_size)
         backend = decide("mamba2_mixer", self.mixer_backend, backends, like.device).backend
@@ -197,10 +213,16 @@ class Mamba2(Mixer):
 
     def _recur(self, call: Call) -> tuple[Tensor, MambaState]:
         """y [B, L, I] of a call, and the state after it."""
-        conv, ssm = call.before()
-        xbc, conv = self.conv(call.xbc, call.ids, conv)
-        y, ssm = self._scan(xbc, self.time_steps(call.dt), call.ids, ssm)
-        return y, MambaState(conv, ssm)
+        return self.recurrence(call.xbc, call.dt, call.ids, *call.before(), HeadsPart(self.heads, self.groups))
+
+    def recurrence(
+        self, xbc: Tensor, dt: Tensor, ids: Tensor | None, conv: Tensor | None, ssm: Tensor | None, part: HeadsPart
+    ) -> tuple[Tensor, MambaState]:
+        """xbc [B, L, C] before the convolution and raw dt [B, L, H] of these heads, and the states before them -> y [B, L, I],
+        and the states after it."""
+        xbc, last = self.conv(xbc, ids, conv, part.channels)
+        y, ssm = self.scan(self.scan_inputs(xbc, self.time_steps(dt, part), part), ids, ssm)
+        return y, MambaState(last, ssm)
 
     def _state_after(self, call: Call, tokens: int) -> MambaState:
         """The state after the first `tokens` of a call."""
@@ -209,23 +231,28 @@ class Mamba2(Mixer):
         assert call.past is not None, "a cache that has seen nothing has no states"
         return call.past
 
-    def time_steps(self, dt: Tensor) -> Tensor:
+    def time_steps(self, dt: Tensor, part: HeadsPart | None = None) -> Tensor:
         """Raw dt [B, L, H] -> positive fp32 steps, clamped only where the configuration asks for it."""
-        dt = F.softplus(dt.float() + self.dt_bias.float())
+        bias = self.dt_bias if part is None else self.dt_bias[part.own]
+        dt = F.softplus(dt.float() + bias.float())
         return dt if self.dt_limit is None else dt.clamp(*self.dt_limit)
 
-    def _scan(self, xbc: Tensor, dt: Tensor, ids: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, B, C = xbc.split(self.in_proj.widths[1:4], dim=-1)
-        y, state = ssd_scan(
-            normed(x.unflatten(-1, (self.heads, -1)), self.x_norm),
+    def scan_inputs(self, xbc: Tensor, dt: Tensor, part: HeadsPart | None = None) -> tuple[Tensor, ...]:
+        """What `ssd_scan` takes: x [B, L, H, P], dt, A [H], B and C [B, L, G, N], D [H]."""
+        part = part or HeadsPart(self.heads, self.groups)
+        states = part.groups * self.state
+        x, B, C = xbc.split([xbc.shape[-1] - 2 * states, states, states], dim=-1)
+        return (
+            normed(x.unflatten(-1, (part.heads, -1)), self.x_norm),
             dt,
-            -torch.exp(self.A_log.float()),
-            normed(B.unflatten(-1, (self.groups, -1)), self.B_norm),
-            normed(C.unflatten(-1, (self.groups, -1)), self.C_norm),
-            self.D.float(),
-            document_ids=ids,
-            initial_state=past,
-            chunk_size=self.chunk_size,
-            backend=self.backend,
+            -torch.exp(self.A_log.float())[part.own],
+            normed(B.unflatten(-1, (part.groups, -1)), self.B_norm),
+            normed(C.unflatten(-1, (part.groups, -1)), self.C_norm),
+            self.D.float()[part.own],
         )
+
+    def scan(self, inputs: tuple[Tensor, ...], ids: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y [B, L, I] and the state after it, from the state before it."""
+        how = {"document_ids": ids, "initial_state": past, "chunk_size": self.chunk_size, "backend": self.backend}
+        y, state = ssd_scan(*inputs, **how)
         return y.flatten(2), state

@@ -20,9 +20,13 @@ class Mixer(nn.Module):
 
     `shares_tokens`: under sequence parallelism `forward` takes this rank's tokens of x alone, and gathers (`seq.enter`)
     what it needs. Where it is False, every tensor rank is given all tokens and computes the same.
+
+    `shares_rows`: where ranks share the rows (context parallelism), `forward` is given this rank's tokens, and itself sees to
+    what these need of others (`seq.context`). A mixer that does not say so is refused there.
     """
 
     shares_tokens = False
+    shares_rows = False
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__()
@@ -49,9 +53,15 @@ def mixer(symbol: str, description: str) -> Callable[[type[M]], type[M]]:
 
 
 def build_mixer(symbol: str, config: ModelConfig, context: ParallelContext) -> Mixer:
-    """A new mixer for a layer symbol. Raises ConfigError for a symbol without an implementation."""
+    """A new mixer for a layer symbol. Raises ConfigError for a symbol without an implementation, or for one that cannot
+    work on rows that ranks share."""
     if symbol not in _mixers:
         raise ConfigError(f"no mixer is registered for the layer symbol {symbol!r}; there are {' '.join(_mixers)}")
+    if context.context.size > 1 and not _mixers[symbol].shares_rows:
+        raise ConfigError(
+            f"the mixer {_mixers[symbol].__name__} of {symbol!r} does not know rows that ranks share (shares_rows). "
+            "Legal: parallel.context=1"
+        )
     return _mixers[symbol](config, context)
 
 

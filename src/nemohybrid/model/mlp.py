@@ -30,7 +30,7 @@ def fc1_outputs(activation: str, width: int) -> dict[str, int]:
 class MLP(Mixer):
     """fc2(activation(fc1(x))), the inner width shared by the tensor ranks."""
 
-    shares_tokens = True
+    shares_tokens = shares_rows = True
 
     def __init__(self, config: ModelConfig, context: ParallelContext, width: int | None = None) -> None:
         super().__init__(config, context)

@@ -37,8 +37,3 @@ def build_mtp(symbols: str, depth: int, config: ModelConfig, context: ParallelCo
     """The blocks that are stored: one to be run `depth` times, or one for each depth; none without MTP."""
     stored = min(depth, 1) if config.mtp.repeat_block else depth
     return nn.ModuleList(MTPBlock(symbols, config, context) for _ in range(stored))
-
-
-def shifted(ids: Tensor, by: int) -> Tensor:
-    """ids [B, L] -> [B, L] with what stands `by` places further right; zeros where the row has ended."""
-    return torch.cat([ids[:, by:], torch.zeros_like(ids[:, :by])], dim=1)

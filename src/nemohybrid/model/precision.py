@@ -1,11 +1,11 @@
 """The products of a built model that a recipe can take over, each with its place and with how ranks share it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.layer import Layer
@@ -22,6 +22,8 @@ from nemohybrid.symbols import parse_pattern
 
 CUT = {0: ("w", "dy"), 1: ("x", "w")}
 """Axis of a matrix [outputs, inputs] along which ranks share it -> the tensors of which each has a part."""
+TOKENS = ("x", "dy")
+"""What has a row for every token."""
 
 
 def clock_of(context: ParallelContext, seed: int) -> Clock:
@@ -60,11 +62,11 @@ def _linear(module: Linear, slot: Slot, context: ParallelContext) -> Site:
     """Where a matrix is not cut, ranks have other tokens under sequence parallelism, or compute the same."""
     layout, group = layout_of(module.weight), context.tensor
     outputs, inputs = layout.tensor_shape
-    shared: dict[str, Any] = {}
+    shared: dict[str, Any] = {"parts": _parts((), Group(), context.context)}
     if layout.shard is not None:
-        shared = _shared(layout.shard.axis, group)
+        shared = _shared(layout.shard.axis, group, context.context)
     elif layout.partial == "tokens" and context.sequence:
-        shared = {"parts": _largest(("x", "dy"), group), "part": group.rank}
+        shared = {"parts": _parts(TOKENS, group, context.context), "part": group.rank}
     return Site(replace(slot, outputs=outputs, inputs=inputs, **shared), module)
 
 
@@ -74,17 +76,26 @@ def _stacked(module: Experts, matrix: str, slot: Slot, context: ParallelContext)
     many, outputs, inputs = layout.tensor_shape
     assert layout.shard is not None, "experts are always shared"
     axis = layout.shard.axis - 1
-    shared = _shared(axis, context.tensor)
+    shared = _shared(axis, context.tensor, context.context)
     if context.experts is not None:
-        shared = _shared(axis, context.experts.tensor) | {"part": context.tensor.rank}
+        shared = _shared(axis, context.experts.tensor, Group()) | {"part": context.tensor.rank}
     return Site(replace(slot, outputs=outputs, inputs=inputs, experts=many, **shared), module, matrix)
 
 
-def _shared(axis: int, group: Group) -> dict[str, Any]:
+def _shared(axis: int, group: Group, context: Group) -> dict[str, Any]:
     """`parts` and `part` of a slot whose matrix is cut along an axis. Where inputs are, all ranks have the same gradient, and
     round it alike, as one rank alone would."""
-    return {"parts": _largest(CUT[axis], group), "part": group.rank if axis == 0 else 0}
+    return {"parts": _parts(CUT[axis], group, context), "part": group.rank if axis == 0 else 0}
 
 
-def _largest(tensors: tuple[str, ...], group: Group) -> dict[str, Amax]:
-    return dict.fromkeys(tensors, partial(largest_over, group=group)) if group.size > 1 else {}
+def _parts(cut: tuple[str, ...], group: Group, context: Group) -> dict[str, Amax]:
+    """Tensor -> its largest number over the ranks of `group`, where these have parts of it, and over those that share rows."""
+    sharing = {name: [ranks for ranks in (group, context) if ranks.size > 1] for name in ("x", "w", "dy")}
+    found = {name: [r for r in ranks if name in (cut if r is group else TOKENS)] for name, ranks in sharing.items()}
+    return {name: partial(_largest, groups=ranks) for name, ranks in found.items() if ranks}
+
+
+def _largest(amax: Tensor, groups: Sequence[Group]) -> Tensor:
+    for group in groups:
+        amax = largest_over(amax, group)
+    return amax

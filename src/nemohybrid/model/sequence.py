@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nemohybrid.errors import ConfigError, DataError
 from nemohybrid.parallel.context import Group
+from nemohybrid.parallel.context_parallel.borders import Borders, borders, whole_rows
 from nemohybrid.parallel.tensor import TensorRanks
 from nemohybrid_kernels.attention import Documents
 
@@ -56,6 +57,11 @@ def _one_rank() -> TensorRanks:
     return TensorRanks(Group(), cut=False)
 
 
+def _alone() -> Group:
+    """As above."""
+    return Group(1, 0, None)
+
+
 @dataclass
 class SequenceContext:
     """The shape and borders of one microbatch, built once and shared by all layers.
@@ -64,6 +70,8 @@ class SequenceContext:
     documents of packed rows: wherever the id changes, Mamba state, convolution and attention start anew. None means one
     document a row. With a `cache`, the rows continue what the cache has seen. `ranks`, which the model sets, says how the
     tokens lie on the ranks that share its matrices: `enter` and `leave` are the way into and out of what they share.
+
+    Ranks of `context` share the rows: each has `length` of their tokens, in the order of ranks, and `document_ids` of these.
     """
 
     batch: int
@@ -72,6 +80,8 @@ class SequenceContext:
     cache: DecodeCache | None = None
     share: float | None = None
     ranks: TensorRanks = field(default_factory=_one_rank)
+    context: Group = field(default_factory=_alone)
+    _borders: Borders | None = field(default=None, repr=False)
     _masks: dict[torch.device, Tensor | None] = field(default_factory=dict, repr=False)
     _documents: dict[torch.device, Documents] = field(default_factory=dict, repr=False)
 
@@ -97,6 +107,27 @@ class SequenceContext:
     def uncut(self) -> "SequenceContext":
         """The same for a mixer that is given all tokens on every rank."""
         return replace(self, ranks=replace(self.ranks, cut=False)) if self.ranks.cut else self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks have other tokens of the same rows."""
+        return self.context.size > 1
+
+    @property
+    def borders(self) -> Borders | None:
+        """Where documents of rows that ranks share begin; None: every row is one. Collective at its first use."""
+        if self.document_ids is not None and self._borders is None:
+            self._borders = borders(self.document_ids, self.context)
+        return self._borders
+
+    @property
+    def segments(self) -> Tensor | None:
+        """[batch, length] the number of each token's document in the whole of a row that ranks share; None: one a row."""
+        return self.borders.segments if self.is_shared and self.borders is not None else None
+
+    def goes_on_from_left(self) -> Tensor | float:
+        """Whether the first token goes on with the document of the last one on the rank to the left: [batch], or in all rows."""
+        return float(self.context.rank > 0) if self.borders is None else self.borders.goes_on.float()
 
     @property
     def past(self) -> int:
@@ -141,12 +172,16 @@ class SequenceContext:
         return past_ids[:, -1] == self.document_ids[:, 0]
 
     def documents(self, device: torch.device) -> Documents | None:
-        """The documents of these tokens, as attention without a cache wants to know them; None: one a row."""
+        """The documents of these tokens, as attention without a cache wants to know them; None: one a row.
+
+        Where ranks share the rows, those of whole rows. Collective at its first use.
+        """
         if self.document_ids is None:
             return None
         if device in self._documents:
             return self._documents[device]
-        documents = Documents(self.document_ids.to(device))
+        ids = self.document_ids if self.segments is None else whole_rows(self.segments, self.context)
+        documents = Documents(ids.to(device))
         if not torch.compiler.is_compiling():  # as in `lazy`
             self._documents[device] = documents
         return documents
@@ -169,14 +204,29 @@ class SequenceContext:
         same = segments[:, self.past :, None] == segments[:, None, :]
         return causal & same[:, None]
 
+    def numbers(self, own: int, device: torch.device) -> Tensor:
+        """[own] the numbers of this rank's tokens of the stream among those of all ranks that share them."""
+        first = self.ranks.group.rank * own if self.ranks.cut else 0
+        index = torch.arange(first, first + own, device=device)
+        if not self.is_shared:
+            return index
+        return index + (index // self.length * (self.context.size - 1) + self.context.rank) * self.length
+
     def positions(self, device: torch.device) -> Tensor:
         """[batch, length] position of each token in its document."""
+        if self.is_shared:
+            return self._positions_in_shared_rows(device)
         index = torch.arange(self.past + self.length, device=device).expand(self.batch, -1)
         ids = self.all_document_ids()
         if ids is not None:
             starts = _starts(ids).to(device)
             index = index - torch.where(starts, index, 0).cummax(dim=1).values
         return index[:, self.past :]
+
+    def _positions_in_shared_rows(self, device: torch.device) -> Tensor:
+        first = self.context.rank * self.length
+        index = torch.arange(first, first + self.length, device=device).expand(self.batch, -1)
+        return index if self.borders is None else index - self.borders.begins
 
     def advance(self) -> None:
         """Tell the cache that these tokens are now its past. Called once, after the last layer."""

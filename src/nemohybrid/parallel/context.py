@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from nemohybrid.parallel.context_parallel.ways import Ways
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -32,9 +34,10 @@ class Group:
 class Axes:
     """Into how many ranks a world is divided along each axis; data ranks are what the others leave of it.
 
-    shard: data ranks over which weights are cut; sequence: tensor ranks share the tokens of the residual stream. Experts
-    have axes of their own over the ranks of a pipeline stage: expert x expert_tensor (None: as `tensor`) ranks hold them all,
-    and a `dispatcher` with so much `room` takes tokens to them (`parallel.expert`).
+    context: ranks that share the tokens of a row, and `ways` in which layers that look across tokens do; for everything but
+    the rows of a batch they are data ranks. shard: data ranks over which weights are cut; sequence: tensor ranks share the
+    tokens of the residual stream. Experts have axes of their own over the ranks of a pipeline stage: expert x expert_tensor
+    (None: as `tensor`) ranks hold them all, and a `dispatcher` with so much `room` takes tokens to them (`parallel.expert`).
     """
 
     tensor: int = 1
@@ -45,6 +48,8 @@ class Axes:
     expert_tensor: int | None = None
     dispatcher: str = "auto"
     room: float | None = None
+    context: int = 1
+    ways: Ways = Ways()
 
     @property
     def width(self) -> int:
@@ -85,7 +90,8 @@ class ExpertRanks:
 class ParallelContext:
     """The groups a rank belongs to, and the device it computes on. Handed to whoever communicates; there is no global one.
 
-    data: ranks that share the batch; tensor: ranks that share every matrix; shard: the data ranks over which weights,
+    data: ranks that share the tokens of the batch; context: those of them that share the tokens of the same rows; tensor:
+    ranks that share every matrix; shard: the data ranks over which weights,
     gradients and optimizer state are cut, and `mesh` the same as FSDP wants it (with the copies of HSDP as first
     dimension); sequence: the tensor ranks also share the tokens of the residual stream.
 
@@ -107,6 +113,13 @@ class ParallelContext:
     stage: Group = Group()
     ends: Group = Group()
     experts: ExpertRanks | None = None
+    context: Group = Group()
+    ways: Ways = Ways()
+
+    @property
+    def rows(self) -> Group:
+        """The data ranks that have other rows of the batch, each of which may be several context ranks: size and number."""
+        return Group(self.data.size // self.context.size, self.data.rank // self.context.size)
 
     @property
     def is_main(self) -> bool:
@@ -141,6 +154,9 @@ class ParallelContext:
         )
         return cls(
             torch.device("meta"),
+            data=Group(axes.context),
+            context=Group(axes.context),
+            ways=axes.ways,
             tensor=Group(axes.tensor),
             sequence=axes.sequence and axes.tensor > 1,
             pipeline=Group(axes.pipeline, stage),

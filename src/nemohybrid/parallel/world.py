@@ -60,7 +60,8 @@ def divide(
     """The groups of this rank in a world that has met. Collective.
 
     Tensor ranks are neighbours, since they talk most, and pipeline ranks are far apart:
-    rank = ((stage * copies + copy) * shard + part) * tensor + tensor rank. The ranks of a stage hold the experts as
+    rank = ((stage * copies + copy) * shard + part) * tensor + tensor rank. Data ranks, which number copy * shard + part has,
+    are row * context + context rank. The ranks of a stage hold the experts as
     (copy, part, expert, width), the last being neighbours. `timeout` of a collective; None: torch's.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -71,6 +72,7 @@ def divide(
     sizes = {"stage": axes.pipeline, "copy": world // own, "shard": axes.shard, "tensor": axes.tensor}
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     dense = _Meshes(mesh, timeout)
+    assert axes.context == 1 or sizes["copy"] * axes.shard % axes.context == 0, f"{axes} does not make {world} ranks"
     pipeline = dense.group("stage")
     onward, stage = _line(device, pipeline, dense, timeout)
     return ParallelContext(
@@ -87,6 +89,23 @@ def divide(
         stage=stage,
         ends=_ends(mesh, pipeline, timeout),
         experts=_fold(device, axes, world // axes.pipeline, timeout) if axes.folds else None,
+        context=_context(device, axes, world, timeout),
+        ways=axes.ways,
+    )
+
+
+def _context(device: torch.device, axes: Axes, world: int, timeout: datetime.timedelta | None) -> Group:
+    """The ranks that share the rows of this one. Collective."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if axes.context == 1:
+        return Group()
+    if axes.context == world:  # where a mesh would take the group of the world a second time
+        return Group(world, dist.get_rank(), dist.group.WORLD)
+    rows = world // (axes.context * axes.tensor)
+    sizes = {"row": rows, "context": axes.context, "width": axes.tensor}
+    return _Meshes(init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)), timeout).group(
+        "context"
     )
 
 

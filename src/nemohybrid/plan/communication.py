@@ -67,12 +67,13 @@ def step_traffic(config: RunConfig, data_ranks: int, shard_ranks: int = 1) -> li
     """Everything a rank sends in one step of `config`, which must be legal.
 
     data_ranks share the global batch; shard_ranks of them cut weights, gradients and optimizer state among themselves.
-    Raises ConfigError for pipelines and folded experts, whose traffic is not counted yet.
+    Raises ConfigError for pipelines, context ranks and folded experts, whose traffic is not counted yet.
     """
     parallel = config.parallel
-    if parallel.pipeline > 1 or axes(config, 1).folds:
+    if parallel.pipeline > 1 or parallel.context > 1 or axes(config, 1).folds:
         raise ConfigError(
-            "what pipelines and folded experts send is not counted yet. Legal: parallel.pipeline=1, expert=1"
+            "what pipelines, context ranks and folded experts send is not counted yet. "
+            "Legal: parallel.pipeline=1, context=1, expert=1"
         )
     step = Step(config, data_ranks, shard_ranks)
     weights = _cut_weights(step) if shard_ranks > 1 else _copied_weights(step)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nemohybrid.config.context import own_length
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import HybridModel
 from nemohybrid.model.mtp import MTPBlock
@@ -52,7 +53,7 @@ def kept_by(model: HybridModel, config: RunConfig, rows: int, device: str = "cpu
     bind_as_on(model, config.kernels, device)
     limited = model.context.experts is not None and model.context.experts.room > 0
     seq = SequenceContext(
-        rows, config.data.sequence_length, share=1.0 if limited else None
+        rows, own_length(config), share=1.0 if limited else None, context=model.context.context
     )  # rooms are of training steps
     parsed = parse_pattern(config.model.pattern)
     seq.ranks = model.tensor_ranks(seq)

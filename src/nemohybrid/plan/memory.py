@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import nn
 
+from nemohybrid.config.context import attention_way, own_length
 from nemohybrid.config.model import ModelConfig
 from nemohybrid.config.ranks import data_mode, microbatch
 from nemohybrid.config.run_config import RunConfig
@@ -69,8 +70,9 @@ def estimate(
 ) -> MemoryEstimate:
     """What a rank of `config` keeps at the height of a step.
 
-    data_ranks share the global batch; shard_ranks of them cut weights, gradients and optimizer state among themselves;
-    stage: which pipeline rank it is; device: its type, which decides about kernels and the room of exchanges between experts.
+    data_ranks share the global batch; shard_ranks of them, and of the context ranks, cut weights, gradients and optimizer
+    state among themselves; stage: which pipeline rank it is; device: its type, which decides about kernels and the room of
+    exchanges between experts.
     """
     divided = replace(axes(config, data_ranks), shard=shard_ranks)
     divided = replace(divided, room=room_on(torch.device(device), divided))
@@ -90,7 +92,7 @@ def estimate(
 
 def estimate_of(config: RunConfig, context: ParallelContext) -> MemoryEstimate:
     """For this rank."""
-    return estimate(config, context.data.size, context.shard.size, context.pipeline.rank, context.device.type)
+    return estimate(config, context.rows.size, context.shard.size, context.pipeline.rank, context.device.type)
 
 
 def _whole(model: HybridModel) -> dict[str, int]:
@@ -159,7 +161,7 @@ def _sent(unit: Unit, model: HybridModel, cuts: Cuts) -> int:
 def _in_flight(model: HybridModel, config: RunConfig, microbatches: int, stage: int, device: str) -> dict[str, int]:
     """Activations of a pipeline rank, whose microbatches wait for their way back."""
     plan = plan_pipeline(config, microbatches)
-    rows, length, own = microbatch(config, 1), config.data.sequence_length, plan.segments[stage]
+    rows, length, own = microbatch(config, 1), own_length(config), plan.segments[stage]
     symbols = {symbol for segment in own for symbol in segment.symbols}
     symbols |= set(plan.pattern.mtp if stage == plan.ranks - 1 else "")
     room = model.context.experts.room if model.context.experts else None
@@ -180,11 +182,12 @@ def _in_flight(model: HybridModel, config: RunConfig, microbatches: int, stage: 
 def _mask(config: RunConfig, rows: int, device: str) -> int:
     """Of one microbatch: bool, and bf16 for the kernel."""
     masked = config.data.reset_documents and masks_documents(config.kernels, device)
-    return 3 * rows * config.data.sequence_length**2 if masked else 0
+    by_ring = config.parallel.context > 1 and attention_way(config) == "ring"
+    return 3 * rows * config.data.sequence_length**2 if masked and not by_ring else 0
 
 
 def _activations(model: HybridModel, config: RunConfig, rows: int, device: str) -> dict[str, int]:
-    length, parsed = config.data.sequence_length, parse_pattern(config.model.pattern)
+    length, parsed = own_length(config), parse_pattern(config.model.pattern)
     pattern, depths, kept = parsed.main, parsed.mtp_depth, kept_by(model, config, rows, device)
     mask = _mask(config, rows, device) if "*" in pattern + parsed.mtp else 0
     where = f"{rows} x {length} tokens"

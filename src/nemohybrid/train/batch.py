@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nemohybrid.model.mtp import shifted
 from nemohybrid.model.sequence import SequenceContext
+from nemohybrid.parallel.context import Group
+from nemohybrid.parallel.context_parallel.moves import shifted
 
 # n sequences, L length
 
@@ -17,7 +19,8 @@ class Batch:
     """tokens, labels [n, L] int64; loss_mask [n, L] fp32; document_ids [n, L] int32, or None for one document a row.
 
     eod: the id that ends a document, where documents are kept apart. It alone can tell whether the label of a row's last
-    token belongs to the next document; None: it belongs to the same one.
+    token belongs to the next document; None: it belongs to the same one. context: the ranks that share the rows, where these
+    are one rank's tokens of them.
     """
 
     tokens: Tensor
@@ -25,12 +28,36 @@ class Batch:
     loss_mask: Tensor
     document_ids: Tensor | None
     eod: int | None = None
+    context: Group = Group()
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; copies to a GPU overlap with what runs there."""
         ids = self.document_ids
         tokens, labels, mask = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.loss_mask))
-        return Batch(tokens, labels, mask, None if ids is None else ids.to(device, non_blocking=True), self.eod)
+        ids = None if ids is None else ids.to(device, non_blocking=True)
+        return replace(self, tokens=tokens, labels=labels, loss_mask=mask, document_ids=ids)
+
+    def shared_by(self, context: Group) -> "Batch":
+        """This rank's tokens of rows that ranks share: an equal run of each, [n, ceil(L / (2 ranks)) * 2].
+
+        Rows that do not divide end in tokens that do not count.
+        """
+        if context.size == 1:
+            return self
+        length = -(-self.tokens.shape[1] // (2 * context.size)) * 2
+        missing, own = (
+            length * context.size - self.tokens.shape[1],
+            slice(context.rank * length, (context.rank + 1) * length),
+        )
+
+        def cut(values: Tensor) -> Tensor:
+            return F.pad(values, (0, missing))[:, own].contiguous()
+
+        ids = self.document_ids
+        if ids is not None:  # what fills up is of the last document: where that ends is for `eod` to say
+            ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)[:, own].contiguous()
+        tokens, labels, mask = cut(self.tokens), cut(self.labels), cut(self.loss_mask)
+        return Batch(tokens, labels, mask, ids, self.eod, context)
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Microbatches of `size` sequences, in order."""
@@ -47,7 +74,7 @@ class Batch:
 
     def sequence(self, share: float | None = None) -> SequenceContext:
         """What layers are told of these rows. `share`: what part of a global batch they are, in training."""
-        return SequenceContext(*self.tokens.shape, document_ids=self.document_ids, share=share)
+        return SequenceContext(*self.tokens.shape, document_ids=self.document_ids, share=share, context=self.context)
 
     def draft_targets(self, depths: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each MTP depth k = 0, 1, ... its labels [n, L] and their mask [n, L] fp32.
@@ -58,11 +85,15 @@ class Batch:
         goes_on = self._goes_on()
         within = goes_on
         for by in range(1, depths + 1):
-            within = within & shifted(goes_on, by)
-            yield shifted(self.labels, by), within * shifted(self.loss_mask, by)
+            within = within & shifted(goes_on, by, self.context)
+            yield shifted(self.labels, by, self.context), within * shifted(self.loss_mask, by, self.context)
 
     def _goes_on(self) -> Tensor:
         """[n, L] True where a token's label belongs to its document."""
-        ids, last = self.document_ids, self.tokens[:, -1:]
-        inner = torch.ones_like(self.tokens[:, 1:], dtype=torch.bool) if ids is None else ids[:, 1:] == ids[:, :-1]
-        return torch.cat([inner, torch.ones_like(last, dtype=torch.bool) if self.eod is None else last != self.eod], 1)
+        ids = self.document_ids
+        goes_on = (
+            torch.ones_like(self.tokens, dtype=torch.bool) if ids is None else ids == shifted(ids, 1, self.context)
+        )
+        if self.context.rank == self.context.size - 1:
+            goes_on[:, -1:] = True
+        return goes_on if self.eod is None else goes_on & (self.tokens != self.eod)

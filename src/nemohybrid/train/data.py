@@ -78,18 +78,20 @@ class RunData:
         return self.train.describe(total_samples)
 
     def batch(self, step: int) -> Batch:
-        """This rank's sequences of `step`, on its device. Rank r of n takes the r-th of n equal runs of the batch.
+        """This rank's sequences of `step`, on its device. Rank r of n takes the r-th of n equal runs of the batch; where ranks
+        share rows, their tokens.
 
         Raises DataError for a token id that the model does not have.
         """
-        share = self.plan.batch_at(step) // self.context.data.size
-        first = self.plan.samples_before(step) + share * self.context.data.rank
+        rows = self.context.rows
+        share = self.plan.batch_at(step) // rows.size
+        first = self.plan.samples_before(step) + share * rows.rank
         tokens, labels, mask = self.train.batch(first, first + share, self.config.model.vocab_size or 0)
         return self._on_device(tokens, labels, mask)
 
     def validation_batches(self, name: str, batch_size: int) -> Iterator[tuple[Batch, int]]:
         """This rank's share of the windows of one validation set, with the bytes of text each batch scores."""
-        data = self.context.data
+        data = self.context.rows
         in_line = self.config.data.valid_windows == "stream"  # else the eod in front is context of its document
         for tokens, labels, mask, scored_bytes in self.valid[name].batches(batch_size, data.rank, data.size):
             yield self._on_device(tokens, labels, mask, in_line), scored_bytes
@@ -100,7 +102,7 @@ class RunData:
         ids = None if eod is None else document_ids(tokens, eod)
         if ids is not None and not ids.any():
             ids = None  # no border in any row: the cheaper path computes the same
-        return Batch(tokens, labels, mask, ids, eod).to(self.context.device)
+        return Batch(tokens, labels, mask, ids, eod).shared_by(self.context.context).to(self.context.device)
 
 
 def on_main_first(context: ParallelContext, action: Callable[[], T]) -> T:

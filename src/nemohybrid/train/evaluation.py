@@ -11,10 +11,10 @@ from torch import Tensor
 
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.hybrid import HybridModel
-from nemohybrid.model.mtp import shifted
 from nemohybrid.model.stage import Stage
 from nemohybrid.parallel.collectives import sum_over
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.context_parallel.moves import shifted
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.data import RunData
 from nemohybrid.train.loss import heads, stage_states
@@ -86,7 +86,9 @@ def evaluate(
             if not may_go_on():
                 return None
             scores = score_batches(model, [batch for batch, _ in batches], context)
-            scored_bytes = sum(count for _, count in batches) if context.pipeline.rank == 0 else 0
+            scored_bytes = (
+                sum(count for _, count in batches) if context.pipeline.rank == context.context.rank == 0 else 0
+            )
             totals[row] += torch.tensor([scored_bytes, *scores.tolist()], dtype=torch.float64)
     totals = sum_over(sum_over(totals.to(context.device), context.data), context.pipeline).cpu()
     whole = _score(totals.sum(0))
@@ -131,7 +133,8 @@ def score_batch(model: HybridModel, batch: Batch, stage: Stage | None = None, x:
     chosen = model.output.most_likely(hidden, seq).view_as(labels) if drafts else labels
     sums, accepted = [(losses * mask).sum(), mask.sum()], torch.ones_like(mask)
     for by, (draft, _, counted) in enumerate(drafts, 1):
-        accepted = accepted * (model.output.most_likely(draft, seq).view_as(labels) == shifted(chosen, by))
+        agrees = model.output.most_likely(draft, seq).view_as(labels) == shifted(chosen, by, batch.context)
+        accepted = accepted * agrees
         sums += [(accepted * counted).sum(), counted.sum()]
     return torch.stack(sums)
 

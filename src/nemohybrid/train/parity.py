@@ -80,16 +80,16 @@ def synthetic_batch(config: RunConfig, step: int, packed: bool = True) -> Batch:
 
 
 def share_of(batch: Batch, context: ParallelContext) -> Batch:
-    """The rows of a global batch that this data rank trains on, on its device."""
-    rows = batch.tokens.shape[0] // context.data.size
-    return list(batch.split(rows))[context.data.rank].to(context.device)
+    """The rows of a global batch that this data rank trains on, or its tokens of them, on its device."""
+    rows = batch.tokens.shape[0] // context.rows.size
+    return list(batch.split(rows))[context.rows.rank].shared_by(context.context).to(context.device)
 
 
 def observe(config: RunConfig, context: ParallelContext, steps: int = 3, packed: bool = True) -> Observation:
     """Build the model, train `steps` steps on synthetic batches, and say what came out. Collective over the context."""
     model, shared = build_model(config, context)
     optimizer, balance = build_optimizer(shared.parameters.values(), config.optim), LoadBalance(model, context)
-    rows = microbatch(config, context.data.size)
+    rows = microbatch(config, context.rows.size)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         model.clock.step = step
@@ -271,7 +271,7 @@ def together(ranks: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) ->
 
 def _with_microbatch(config: RunConfig, context: ParallelContext) -> RunConfig:
     """Microbatches that are told, since one rank's share is another: what balances experts in each shall see the same."""
-    return replace(config, train=replace(config.train, microbatch=microbatch(config, context.data.size)))
+    return replace(config, train=replace(config.train, microbatch=microbatch(config, context.rows.size)))
 
 
 def _announce(reference: Observation | None, context: ParallelContext) -> tuple[dict[str, float], dict[str, list[int]]]:

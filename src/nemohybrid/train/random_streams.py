@@ -35,7 +35,8 @@ class RandomStreams:
         """What must be the same for saved streams to go on: the number of places, and who holds which tokens."""
         sizes = {"data": self.context.data.size, "tensor": self.context.tensor.size}
         pipeline = {"pipeline": self.context.pipeline.size} if self.context.pipeline.size > 1 else {}
-        return sizes | {"sequence": int(self.context.sequence)} | pipeline
+        context = {"context": self.context.context.size} if self.context.context.size > 1 else {}
+        return sizes | {"sequence": int(self.context.sequence)} | pipeline | context
 
     def start(self, step: int = 0) -> None:
         """Seed the streams as of `step`, alike on the tensor ranks of a data rank, and not on those of a pipeline."""

@@ -117,7 +117,9 @@ def described(config: RunConfig, context: ParallelContext) -> str:
     copies = f", {data // shard} copies of {shard} ranks" if 1 < shard < data else ""
     axes = [f"tensor {tensor}{' (sequence parallel)' * context.sequence}"] if tensor > 1 else []
     axes += [f"pipeline {context.pipeline.size}"] if context.pipeline.size > 1 else []
-    axes += [f"data {data} ({mode}{copies})"] if data > 1 else []
+    ways = f"attention by {context.ways.attention}, Mamba-2 by {context.ways.mamba}"
+    axes += [f"context {context.context.size} ({ways})"] if context.context.size > 1 else []
+    axes += [f"data {context.rows.size} ({mode}{copies})"] if data > 1 else []
     return " x ".join(axes) + _described_experts(context)
 
 
@@ -125,7 +127,7 @@ def shown_cut(config: RunConfig, context: ParallelContext) -> list[str]:
     """Where a pipeline cuts the model, and how long its ranks wait, by the modelled costs of the layers."""
     if context.pipeline.size == 1:
         return []
-    data = context.data.size
+    data = context.rows.size
     return describe(config, config.train.global_batch // data // microbatch(config, data))
 
 

@@ -46,7 +46,7 @@ def compute_gradients(
     """
     counts = sum_over(target_counts(batch, model.mtp_depth), context.data)
     weights = loss_weights(counts, model.config.mtp.loss_weight)
-    rows = batch.tokens.shape[0] * context.data.size
+    rows = batch.tokens.shape[0] * context.rows.size
     totals = torch.zeros_like(counts)
     shared = shared or Replicated(model, context)
     parts = list(batch.split(microbatch))

@@ -5,6 +5,7 @@ Nothing here imports torch or megatron: a wrong configuration is known within a 
 """
 
 from nemohybrid.config.rules import (  # noqa: F401 - they register their rules
+    context,
     experts,
     kernels,
     layout,

@@ -1,6 +1,6 @@
 """Rules of expert parallelism: how the ranks of a pipeline stage share the experts."""
 
-from nemohybrid.config.ranks import data_ranks, expert_tensor, folds, shard_ranks
+from nemohybrid.config.ranks import expert_tensor, folds, shard_ranks, token_ranks
 from nemohybrid.config.rules.rule import RUN_RULES, Situation, divisors, rule
 from nemohybrid.config.violation import Violation
 
@@ -40,7 +40,7 @@ def width_of_experts_over_ranks(now: Situation) -> Violation | None:
 def experts_over_the_stage(now: Situation) -> Violation | None:
     """The ranks of a stage make whole sets of experts; where weights are cut, the ranks that cut them do."""
     parallel, width = now.config.parallel, expert_tensor(now.config.parallel)
-    data, shard = data_ranks(now.config, now.world_size), shard_ranks(now.config, now.world_size)
+    data, shard = token_ranks(now.config, now.world_size), shard_ranks(now.config, now.world_size)
     ranks = parallel.tensor * (shard if shard > 1 else data)
     if not folds(now.config.parallel) or ranks % (parallel.expert * width) == 0:
         return None

@@ -1,7 +1,7 @@
 """Rules between the model, the ranks and the layout they form; and what this version cannot lay out or train yet."""
 
-from nemohybrid.config.ranks import data_ranks, shard_ranks
-from nemohybrid.config.rules.rule import RUN_RULES, Situation, divisors, multiples_near, rule
+from nemohybrid.config.ranks import data_ranks, shard_ranks, token_ranks
+from nemohybrid.config.rules.rule import RUN_RULES, Situation, divisors, rule
 from nemohybrid.config.violation import Violation
 from nemohybrid.errors import ConfigError
 
@@ -33,20 +33,12 @@ def ranks_make_the_world(now: Situation) -> Violation | None:
 
 
 @rule(RUN_RULES)
-def layouts_of_this_version(now: Situation) -> Violation | None:
-    """Context parallelism is refused rather than ignored."""
-    ranks = now.config.parallel.context
-    message = "this version does not share a sequence between ranks yet"
-    return Violation(f"parallel.context={ranks}", message, {"parallel.context": "1"}) if ranks > 1 else None
-
-
-@rule(RUN_RULES)
 def shards_and_their_copies(now: Situation) -> Violation | None:
     """hybrid means copies of a model that is cut over several data ranks; one copy or one part has a mode of its own."""
     parallel = now.config.parallel
     if parallel.data_mode != "hybrid":
         return None
-    ranks, shard = data_ranks(now.config, now.world_size), shard_ranks(now.config, now.world_size)
+    ranks, shard = token_ranks(now.config, now.world_size), shard_ranks(now.config, now.world_size)
     legal = {"parallel.data_shard": divisors(ranks)[1:-1], "parallel.data_mode": ["full_shard", "replicate"]}
     legal = {key: values for key, values in legal.items() if values}
     given = parallel.data_shard is not None
@@ -95,32 +87,3 @@ def pipeline_stages(now: Situation) -> Violation | None:
     except ConfigError as error:
         return Violation(f"parallel.pipeline={now.config.parallel.pipeline}", str(error))
     return None
-
-
-@rule(RUN_RULES)
-def sequence_over_context(now: Situation) -> Violation | None:
-    """A sequence is cut in two pieces a rank, to balance causal attention."""
-    length, ranks = now.config.data.sequence_length, now.config.parallel.context
-    if ranks > 1 and length % (2 * ranks):
-        where = f"data.sequence_length={length}"
-        return Violation(
-            where, f"does not cut into 2 x {ranks} pieces", {"data.sequence_length": multiples_near(length, 2 * ranks)}
-        )
-    return None
-
-
-@rule(RUN_RULES, "M")
-def mamba_over_context(now: Situation) -> Violation | None:
-    """Inside an `M` layer context ranks share the heads of a tensor rank instead of tokens; its groups they share or repeat.
-
-    So does Megatron-LM (mamba_context_parallel.py).
-    """
-    model, ranks, tensor = now.config.model, now.config.parallel.context, now.config.parallel.tensor
-    if model.mamba_num_groups % tensor or (model.mamba_num_heads or 0) % tensor:
-        return None  # the rule of tensor parallelism speaks
-    heads, groups = (model.mamba_num_heads or 1) // tensor, model.mamba_num_groups // tensor
-    legal = [d for d in divisors(heads) if groups % d == 0 or d % groups == 0]
-    if ranks in legal:
-        return None
-    message = f"the {heads} Mamba heads and {groups} groups of a tensor rank cannot be shared by it"
-    return Violation(f"parallel.context={ranks}", message, {"parallel.context": legal})

@@ -64,13 +64,14 @@ class RouterLosses:
         parallelism these are some of the tokens, and what is said of a row is this rank's summand.
         """
         rows = Rows(seq.batch if self.options.aux_loss == "sequence" else 1, seq.tokens, seq.ranks)
+        length = rows.length * seq.context.size
         scores = scores if self.aux_weight else scores.detach()
         logits = logits if self.options.z_loss_weight else logits.detach()
-        probabilities = rows.sums(scores / (scores.sum(-1, keepdim=True) + 1e-20)) / rows.length
+        probabilities = rows.sums(scores / (scores.sum(-1, keepdim=True) + 1e-20)) / length
         with torch.no_grad():
             loads = _visited(ids, scores.shape[1]).sum(0)
             choices = rows.sums(_visited(scores.topk(self.top_k, dim=-1).indices, scores.shape[1]))
-        own_share = (seq.share or 0.0) * len(scores) / seq.tokens
+        own_share = (seq.share or 0.0) * len(scores) / (seq.tokens * seq.context.size)
         counted = loads, choices, seq.share, own_share, rows.ranks.cut
         return _Attached.apply(weights, probabilities, z_loss(logits), self, *counted)  # pyright: ignore[reportReturnType]
 
@@ -86,6 +87,7 @@ class RouterLosses:
             seen = sum_over(tally.choices.clone(), self.context.tokens)[None]
         else:
             seen = sum_over(choices.clone(), ranks.group) if ranks.cut else choices
+            seen = sum_over(seen.clone(), self.context.context) if self.context.context.size > 1 else seen
         slope = balance_slope(seen, probabilities)
         tally.losses += torch.stack(
             [share * (slope * probabilities).sum(), own_share * z, own_share * torch.ones_like(z)]
@@ -99,7 +101,8 @@ Counted = tuple[Tensor, Tensor, tuple[float, float], TensorRanks]
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` equal rows of `tokens` tokens, of which this rank holds an equal run where they are cut."""
+    """`count` equal rows of `tokens` tokens, of which this rank holds an equal run where they are cut. Of rows that context
+    ranks share, these are the tokens of one of them."""
 
     count: int
     tokens: int
@@ -107,7 +110,7 @@ class Rows:
 
     @property
     def length(self) -> int:
-        """Tokens of a row, on all ranks."""
+        """Tokens of a row, on all tensor ranks."""
         return self.tokens // self.count
 
     def sums(self, values: Tensor) -> Tensor:

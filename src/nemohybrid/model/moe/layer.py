@@ -75,7 +75,7 @@ class MoE(Mixer):
     while it computes the shared expert.
     """
 
-    shares_tokens = True
+    shares_tokens = shares_rows = True
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         super().__init__(config, context)

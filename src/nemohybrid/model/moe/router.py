@@ -39,7 +39,7 @@ class Router(nn.Module):
         """
         logits = self.logits(x)
         scores = self.scores(logits)
-        ids = self._choose(scores, first=seq.ranks.group.rank * len(scores) if seq is not None and seq.ranks.cut else 0)
+        ids = self._choose(scores, seq.numbers(len(scores), x.device) if seq is not None else None)
         weights = self._weigh(scores, ids)
         if seq is not None and seq.share is not None:
             weights = self.losses.attach(weights, logits, scores, ids, seq)
@@ -54,11 +54,12 @@ class Router(nn.Module):
         return logits.sigmoid() if self.options.score == "sigmoid" else logits.softmax(dim=-1)
 
     @torch.no_grad()
-    def _choose(self, scores: Tensor, first: int = 0) -> Tensor:
-        """Expert ids [T, K]; different ones for each token. first: the number of the first token among those of all ranks."""
+    def _choose(self, scores: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """Expert ids [T, K]; different ones for each token. numbers [T]: of the tokens among those of all ranks."""
         if self.options.force_balance:
-            visits = torch.arange(scores.shape[0] * self.top_k, device=scores.device) + first * self.top_k
-            return visits.view(-1, self.top_k) % self.experts
+            numbers = torch.arange(len(scores), device=scores.device) if numbers is None else numbers
+            visits = numbers[:, None] * self.top_k + torch.arange(self.top_k, device=scores.device)
+            return visits % self.experts
         choice = scores if self.expert_bias is None else scores + self.expert_bias
         return self._within_best_groups(choice).topk(self.top_k, dim=-1).indices
 
