@@ -1,11 +1,12 @@
 # Sourced by the other scripts, from any folder. Leaves the caller in the root of the clone with the environment's
 # `python` first in PATH; exits with a message when this machine has no Python that can run nemohybrid.
+# shellcheck shell=bash
 #
 #   setup_environment base|dev       dev adds linters, types, tests and docs
 #   NEMOHYBRID_VENV=FOLDER           where the environment lives (default: .venv in the clone)
 
 [[ ${NEMOHYBRID_VENV:-/} == /* ]] || NEMOHYBRID_VENV=$PWD/$NEMOHYBRID_VENV
-CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
 
 # What a second run compares: the folder too, because an editable install and a venv's scripts hold absolute paths.
 _stamp_line() { printf '%s %s %s\n' "$1" "$(cksum <pyproject.toml)" "$PWD"; }

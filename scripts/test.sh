@@ -35,7 +35,7 @@ report_of() {
 }
 check_shell_syntax() {
   local script
-  for script in scripts/*.sh; do bash -n "$script" || return 1; done
+  for script in scripts/*.sh scripts/launch/*.sh; do bash -n "$script" || return 1; done
 }
 
 stage "ruff check" ruff check

@@ -8,6 +8,7 @@ from nemohybrid_kernels.errors import BackendError
 
 COMMANDS = {
     "train": "train or resume a model:  nemohybrid train experiment=quickstart optim.lr=1e-3",
+    "launch": "train on many GPUs:       nemohybrid launch slurm --nodes 2 --dry-run -- experiment=quickstart",
     "generate": "continue prompts:         nemohybrid generate --checkpoint runs/quickstart --prompt 'ROMEO.'",
     "params": "count a model:            nemohybrid params model=nemotron_h_8b",
     "parity": "check a layout:           nemohybrid parity model=tiny parallel.tensor=2",

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# A run on the GPUs of one machine. docs/launch.md explains it. Written by:
+# nemohybrid launch torchrun --gpus-per-node 8 -- model=nemotron_h_8b data.train=corpus/train data.sequence_length=4096 train.global_batch=256 train.microbatch=1 train.recompute=layer train.steps=20000 optim.lr=3e-4 checkpoint.every=500 run.name=mine
+
+set -euo pipefail
+
+# Libraries. What is set already when the script starts stays as it is.
+# Threads of a rank on the CPU. Without a number each of the ranks would start one for every core of the node.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# NCCL says which connection failed, and why; by default it says nothing. INFO also tells which network it chose.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# A crash inside of a kernel or a driver shows the lines of Python that led there.
+export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
+# Left alone, because the libraries choose well by themselves unless a cluster is unusual:
+# export NCCL_SOCKET_IFNAME=eno1    # network interface where ranks first meet; for a wrong choice, or one that others cannot reach
+# export GLOO_SOCKET_IFNAME=eno1    # the same for gloo, which ranks on CPUs use
+# export NCCL_IB_HCA=mlx5           # InfiniBand adapters that carry data; where others of the node are for storage
+# export PYTORCH_ALLOC_CONF=expandable_segments:True   # where memory runs out though much of it is reserved and free
+# export TRITON_CACHE_DIR=...       # compiled kernels, by default in ~/.triton; where the home folder is a slow network disk
+# CUDA_DEVICE_MAX_CONNECTIONS stays too: Megatron-LM sets it to 1, and refuses that with FSDP, which cuts weights here.
+# torchrun kills ranks that take longer to end after a signal than this many seconds, which must do for a step and a save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
+
+overrides=(
+    model=nemotron_h_8b
+    data.train=corpus/train
+    data.sequence_length=4096
+    train.global_batch=256
+    train.microbatch=1
+    train.recompute=layer
+    train.steps=20000
+    optim.lr=3e-4
+    checkpoint.every=500
+    run.name=mine
+)
+options=(
+    --standalone # meets on a free port of this machine
+    --nproc-per-node=8
+    --max-restarts=0 # after a crash; each goes on from the newest checkpoint
+    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" # passed on to the ranks; without it SIGUSR1 kills torchrun alone
+)
+# This is torchrun, by the Python that has nemohybrid.
+exec python -m torch.distributed.run "${options[@]}" -m nemohybrid train "${overrides[@]}"

@@ -1,0 +1,102 @@
+"""`nemohybrid launch slurm|torchrun|kubernetes ... -- OVERRIDE...`: check a run, write its script, start it."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+
+from nemohybrid.cli.initial_model import with_initial_model
+from nemohybrid.cli.launch_options import parser
+from nemohybrid.config.run_config import RunConfig
+from nemohybrid.errors import ConfigError
+from nemohybrid.launch import checks, kubernetes, slurm, torchrun
+from nemohybrid.launch.job import OTHER_FILES, OTHER_PACKAGES, Job, checked_config
+from nemohybrid.launch.submit import become, hand_to
+
+
+def main(argv: list[str]) -> int:
+    """Write the script and start it; returns the status of who was given it. Raises ConfigError for what cannot run."""
+    options = parser().parse_args(argv)
+    words = [checks.one_line("OVERRIDE", word) for word in options.overrides]
+    unseen = [*(OTHER_PACKAGES if options.container else ()), *(OTHER_FILES if options.elsewhere else ())]
+    config = checked_config([*with_initial_model(words), *unseen], options.nodes, options.gpus_per_node)
+    text = SCRIPTS[options.launcher](options, _job(options, argv, words, config))
+    checks.refuse_secrets(text, os.environ)
+    if options.dry_run:
+        print(text, end="")
+        return 0
+    return hand_to(READERS[options.launcher], text) if options.launcher in READERS else become(text)
+
+
+def _job(options: argparse.Namespace, argv: Sequence[str], words: Sequence[str], config: RunConfig) -> Job:
+    said = shlex.join(["nemohybrid", "launch", *(word for word in argv if word != "--dry-run")])
+    return Job(
+        command=checks.one_line("the command", said),
+        overrides=tuple(words),
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        name=checks.name("--name", options.name) if options.name else _named_like(config.run.name),
+        python=checks.one_line("--python", options.python),
+        save_seconds=options.save_seconds,
+        setup=options.setup and checks.one_line("--setup", options.setup),
+        on_gpus=config.run.device != "cpu",
+    )
+
+
+def _named_like(run: str) -> str:
+    """The name of a run, with `-` for what some scheduler does not take in a name."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in run).strip("-").lower() or "nemohybrid"
+
+
+def _torchrun(options: argparse.Namespace, job: Job) -> str:
+    several, where = job.nodes > 1, options.rendezvous
+    if several and where is None:
+        raise ConfigError(
+            f"{job.nodes} machines must know where to meet. Give --rendezvous HOST:PORT, one of them and a port"
+        )
+    if not several and where is not None:
+        raise ConfigError("--rendezvous: one machine meets by itself. Leave it out, or give --nodes")
+    if where is not None:
+        checks.matching("--rendezvous", where, checks.HOST_AND_PORT, "HOST:PORT, e.g. node1:29400")
+    restarts = (3 if several else 0) if options.max_restarts is None else options.max_restarts
+    return torchrun.render(job, restarts, where)
+
+
+def _slurm(options: argparse.Namespace, job: Job) -> str:
+    checks.room_to_save(options.time, options.save_seconds)
+    if options.mount and not options.container:
+        raise ConfigError("--mount: there is no container to mount it in. Give --container-image, or leave it out")
+    queue = slurm.Queue(
+        time=options.time,
+        cpus_per_task=options.cpus_per_task,
+        max_requeues=options.max_requeues,
+        logs=checks.one_line("--logs", options.logs),
+        whole_nodes=not options.share_nodes,
+        partition=options.partition and checks.names("--partition", options.partition),
+        account=options.account and checks.name("--account", options.account),
+        directives=tuple(checks.directive(text, slurm.SET_BY_THE_SCRIPT) for text in options.sbatch),
+        image=options.container and checks.one_line("--container-image", options.container),
+        mounts=tuple(checks.mount(text) for text in options.mount),
+    )
+    return slurm.render(job, queue)
+
+
+def _kubernetes(options: argparse.Namespace, job: Job) -> str:
+    legal = "small letters, digits and -, at most 50"
+    for option, text in (("--name", job.name), ("--secret", options.secret), ("--namespace", options.namespace)):
+        if text is not None:
+            checks.matching(option, text, checks.CLUSTER_NAME, legal)
+    cluster = kubernetes.Cluster(
+        image=checks.one_line("--image", options.container),
+        secret=options.secret,
+        max_restarts=options.max_restarts,
+        namespace=options.namespace,
+        workdir=options.workdir and checks.one_line("--workdir", options.workdir),
+        volumes=tuple(checks.volume(text) for text in options.volume),
+    )
+    return kubernetes.render(job, cluster)
+
+
+SCRIPTS = {"torchrun": _torchrun, "slurm": _slurm, "kubernetes": _kubernetes}
+READERS = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f", "-"]}
+"""Who is given a script. That of torchrun is run in place of this process."""

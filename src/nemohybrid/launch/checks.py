@@ -1,0 +1,119 @@
+"""What may stand in a script: names, times, mounts, and never a secret."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from nemohybrid.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAMES = re.compile(rf"{NAME.pattern}(,{NAME.pattern})*")
+CLUSTER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?")
+"""A label of DNS, with room for what the names of pods have behind it."""
+DIRECTIVE = re.compile(r"--([a-z][a-z-]*)(=[^\s'\"\\#]+)?")
+HOST_AND_PORT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*:\d{1,5}")
+TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<clock>\d+(?::\d+){0,2})")
+TIMES = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds"
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|JWT)$")
+MOST_AHEAD = 65_535
+"""Seconds before the limit at which SLURM can send a signal."""
+LEAST_SECRET = 8
+"""Characters. A shorter value could stand in a script by chance."""
+
+
+def matching(option: str, text: str, form: re.Pattern[str], legal: str) -> str:
+    """`text`, where all of it has the form. Raises ConfigError, which names what would be right, otherwise."""
+    if not form.fullmatch(text):
+        raise ConfigError(f"{option} {text!r}: not understood. Legal: {legal}")
+    return text
+
+
+def name(option: str, text: str) -> str:
+    """A single name, such as that of a job."""
+    return matching(option, text, NAME, "letters, digits, _ . and -, the first a letter or a digit")
+
+
+def names(option: str, text: str) -> str:
+    """A name or several, with commas between them, as partitions of SLURM may be given."""
+    return matching(option, text, NAMES, "a name of letters, digits, _ . and -; or several with commas between them")
+
+
+def seconds_of(text: str) -> int:
+    """A time limit of SLURM in seconds. Raises ConfigError for another form, and for a limit that is none."""
+    found = TIME.fullmatch(text)
+    if not found:
+        raise ConfigError(f"--time {text!r}: no time of SLURM. Legal: {TIMES}")
+    if found["clock"] is None:
+        days, hours, minutes, seconds = (int(found[part] or 0) for part in ("days", "h", "m", "s"))
+    else:
+        days, hours, minutes, seconds = _clock([int(part) for part in found["clock"].split(":")])
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ConfigError(f"--time {text!r}: without a limit nothing asks the run to save. Legal: more, e.g. 24:00:00")
+    return total
+
+
+def _clock(parts: list[int]) -> tuple[int, int, int, int]:
+    """Days, hours, minutes, seconds. A single number counts minutes."""
+    if len(parts) == 3:
+        return 0, parts[0], parts[1], parts[2]
+    return 0, 0, parts[0], parts[1] if len(parts) == 2 else 0
+
+
+def room_to_save(time: str, save_seconds: int) -> None:
+    """Raises ConfigError where the signal to save would come at the start. SLURM may send it a minute early."""
+    limit = seconds_of(time)
+    if save_seconds > MOST_AHEAD:
+        raise ConfigError(f"--save-seconds {save_seconds}: SLURM signals at most {MOST_AHEAD} s ahead")
+    if limit <= save_seconds + 60:
+        raise ConfigError(
+            f"--save-seconds {save_seconds}: of {limit} s of --time {time} nothing would be left to train. "
+            f"Legal: below {max(limit - 60, 1)}, or a longer --time"
+        )
+
+
+def directive(text: str, taken: Iterable[str]) -> str:
+    """An option of sbatch that is passed on. Raises ConfigError for those in `taken`, which the script itself sets."""
+    matching("--sbatch", text, DIRECTIVE, "an option of sbatch in one word, e.g. --sbatch=--qos=high")
+    found = DIRECTIVE.fullmatch(text)
+    assert found is not None
+    if found[1] in taken:
+        raise ConfigError(
+            f"--sbatch={text}: the script sets it. Legal: the options of `nemohybrid launch slurm --help`"
+        )
+    return text
+
+
+def one_line(option: str, text: str) -> str:
+    """Raises ConfigError for line ends and other control characters, which a script cannot quote in one line."""
+    if not text or not text.isprintable():
+        raise ConfigError(f"{option} {text!r}: must be printable text in one line")
+    return text
+
+
+def mount(text: str) -> str:
+    """SOURCE:TARGET or SOURCE:TARGET:OPTIONS. Raises ConfigError for what pyxis would cut elsewhere."""
+    parts = one_line("--mount", text).split(":")
+    if len(parts) not in (2, 3) or not all(parts) or "," in text or not parts[1].startswith("/"):
+        raise ConfigError(
+            f"--mount {text!r}: not understood. Legal: SOURCE:/TARGET or SOURCE:/TARGET:ro, without commas; repeat it for more"
+        )
+    return text
+
+
+def volume(text: str) -> tuple[str, str]:
+    """CLAIM:/PATH of a persistent volume, as (claim, path)."""
+    claim, _, path = one_line("--volume", text).partition(":")
+    if not CLUSTER_NAME.fullmatch(claim) or not path.startswith("/") or ":" in path:
+        legal = "CLAIM:/PATH, the claim in small letters, digits and -"
+        raise ConfigError(f"--volume {text!r}: not understood. Legal: {legal}")
+    return claim, path
+
+
+def refuse_secrets(text: str, environment: Mapping[str, str]) -> None:
+    """Raises ConfigError, which does not tell it, where the value of a secret of the environment stands in `text`."""
+    for variable, value in environment.items():
+        if SECRET.search(variable) and len(value) >= LEAST_SECRET and value in text:
+            raise ConfigError(
+                f"the script would hold the value of {variable}, for everybody to read. "
+                f"Leave it out: the run takes {variable} from the environment"
+            )

@@ -1,0 +1,82 @@
+"""`sbatch`: one task a rank under srun, with or without a container, saved before the time limit and queued again."""
+
+import shlex
+from dataclasses import dataclass
+
+from nemohybrid.errors import REQUEUE
+from nemohybrid.launch.job import Job
+from nemohybrid.launch.render import fill
+from nemohybrid.launch.shell import common
+
+SET_BY_THE_SCRIPT = (
+    "job-name",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "gpus-per-task",
+    "cpus-per-task",
+    "exclusive",
+    "mem",
+    "time",
+    "partition",
+    "account",
+    "signal",
+    "requeue",
+    "no-requeue",
+    "open-mode",
+    "output",
+    "array",
+    "wrap",
+)
+"""Options of sbatch that would change what the script counts on."""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What SLURM is asked for beside nodes and GPUs. directives: further options of sbatch, such as `--qos=high`."""
+
+    time: str
+    cpus_per_task: int
+    max_requeues: int
+    logs: str
+    whole_nodes: bool = True
+    partition: str | None = None
+    account: str | None = None
+    directives: tuple[str, ...] = ()
+    image: str | None = None
+    mounts: tuple[str, ...] = ()
+
+
+def render(job: Job, queue: Queue) -> str:
+    """The script for sbatch."""
+    return fill(
+        "slurm.sh",
+        common(job)
+        | {
+            "name": job.name,
+            "nodes": str(job.nodes),
+            "gpus": f"#SBATCH --gpus-per-node={job.gpus_per_node}" if job.on_gpus else "",
+            "cpus_per_task": str(queue.cpus_per_task),
+            "whole_nodes": "#SBATCH --exclusive\n#SBATCH --mem=0" if queue.whole_nodes else "",
+            "time": queue.time,
+            "directives": "\n".join(f"#SBATCH {directive}" for directive in _directives(queue)),
+            "max_requeues": str(queue.max_requeues),
+            "logs": shlex.quote(queue.logs),
+            "container": _container(queue),
+            "requeue": str(REQUEUE),
+        },
+    )
+
+
+def _directives(queue: Queue) -> list[str]:
+    partition = [f"--partition={queue.partition}"] if queue.partition else []
+    account = [f"--account={queue.account}"] if queue.account else []
+    return [*partition, *account, *queue.directives]
+
+
+def _container(queue: Queue) -> str:
+    if queue.image is None:
+        return ""
+    mounts = "\n".join(f"mounts+={shlex.quote(f',{mount}')}" for mount in queue.mounts)
+    return fill("container.sh", {"image": shlex.quote(queue.image), "mounts": mounts}).rstrip("\n")

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# A run on the GPUs of one machine. docs/launch.md explains it. Written by:
+# {{command}}
+
+set -euo pipefail
+
+{{setup}}
+{{environment}}
+# torchrun kills ranks that take longer to end after a signal than this many seconds, which must do for a step and a save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={{save_seconds}}
+
+overrides=(
+{{overrides}}
+)
+options=(
+    --standalone # meets on a free port of this machine
+    --nproc-per-node={{gpus_per_node}}
+    --max-restarts={{max_restarts}} # after a crash; each goes on from the newest checkpoint
+    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" # passed on to the ranks; without it SIGUSR1 kills torchrun alone
+)
+# This is torchrun, by the Python that has nemohybrid.
+exec {{python}} -m torch.distributed.run "${options[@]}" -m nemohybrid train "${overrides[@]}"

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A run on several machines. Start this script on each of them, in a folder that all share; they wait for each other.
+# docs/launch.md explains it. Written by:
+# {{command}}
+
+set -euo pipefail
+
+{{setup}}
+{{environment}}
+# torchrun kills ranks that take longer to end after a signal than this many seconds, which must do for a step and a save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={{save_seconds}}
+
+overrides=(
+{{overrides}}
+)
+options=(
+    --nnodes={{nodes}}
+    --nproc-per-node={{gpus_per_node}}
+    --rdzv-backend=c10d
+    --rdzv-endpoint={{rendezvous}} # one of the machines, by the name it has itself, and a port that the others reach
+    --rdzv-id={{name}} # the same on all machines; two jobs that meet at the same endpoint need two
+    --max-restarts={{max_restarts}} # after a crash on any machine; all go on together from the newest checkpoint
+    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" # passed on to the ranks; without it SIGUSR1 kills torchrun alone
+)
+# This is torchrun, by the Python that has nemohybrid.
+exec {{python}} -m torch.distributed.run "${options[@]}" -m nemohybrid train "${overrides[@]}"

@@ -1,0 +1,130 @@
+"""`nemohybrid launch`: what is refused before anything starts, and what may stand in a script."""
+
+import re
+import shlex
+
+import pytest
+
+from nemohybrid.launch.checks import seconds_of
+
+CANARY = "canary-5f1c-9e"
+KUBERNETES = ["kubernetes", "--image", "image:1", "--gpus-per-node", "2"]
+SLURM = ["slurm", "--gpus-per-node", "2"]
+TORCHRUN = ["torchrun", "--gpus-per-node", "2"]
+LAUNCHERS = pytest.mark.parametrize("launcher", [SLURM, TORCHRUN, KUBERNETES], ids=lambda words: words[0])
+
+
+@LAUNCHERS
+def test_a_layout_that_does_not_fill_the_nodes_is_refused_before_it_waits(launch, small, launcher, empty_folder):
+    code, out, err = launch(*launcher, "--", *small, "parallel.tensor=4")
+    assert (code, out) == (1, "")
+    assert "does not make the 2 processes" in err
+    assert list(empty_folder.iterdir()) == []
+
+
+@LAUNCHERS
+def test_every_broken_rule_is_named_at_once(launch, small, launcher):
+    code, _, err = launch(*launcher, "--dry-run", "--", *small, "optim.lrr=1", "parallel.data=x", "train.steps=0")
+    assert code == 1
+    for word in ("optim.lrr", "'optim.lr'", "parallel.data=x", "train.steps=0"):
+        assert word in err
+
+
+def test_the_ranks_of_a_node_are_known_to_the_rules(rendered, launch, small, monkeypatch):
+    """Weights are cut within a node by default: with 2 ranks a node that is 2 of 4."""
+    hybrid = ["train.global_batch=4", "parallel.data_mode=hybrid"]
+    rendered(*SLURM, "--nodes", "2", "--", *small, *hybrid)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
+    rendered(*SLURM, "--nodes", "2", "--", *small, *hybrid)
+    code, _, err = launch("slurm", "--nodes", "4", "--gpus-per-node", "1", "--dry-run", "--", *small, *hybrid)
+    assert (code, "a node has one data rank" in err) == (1, True), err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([*SLURM, "--time", "tomorrow"], "--time 'tomorrow': no time of SLURM. Legal: minutes, "),
+        ([*SLURM, "--time", "0"], "without a limit nothing asks the run to save"),
+        ([*SLURM, "--time", "5"], "--save-seconds 300: of 300 s of --time 5 nothing would be left"),
+        ([*SLURM, "--time", "9-0", "--save-seconds", "70000"], "at most 65535 s ahead"),
+        ([*SLURM, "--partition", "gpu;reboot"], "--partition 'gpu;reboot': not understood. Legal: "),
+        ([*SLURM, "--account", "a b"], "--account 'a b'"),
+        ([*SLURM, "--name", "a\n#SBATCH"], "--name"),
+        ([*SLURM, "--sbatch=--time=9"], "--sbatch=--time=9: the script sets it"),
+        ([*SLURM, "--sbatch=qos"], "an option of sbatch in one word"),
+        ([*SLURM, "--sbatch=--comment=a b"], "an option of sbatch in one word"),
+        ([*SLURM, "--mount", "/a:/b"], "there is no container"),
+        ([*SLURM, "--container-image", "i", "--mount", "/a,b:/c"], "Legal: SOURCE:/TARGET"),
+        ([*SLURM, "--container-image", "i", "--mount", "/a"], "Legal: SOURCE:/TARGET"),
+        ([*SLURM, "--logs", "a\nb"], "must be printable text in one line"),
+        ([*TORCHRUN, "--nodes", "2"], "must know where to meet"),
+        ([*TORCHRUN, "--rendezvous", "a:1"], "one machine meets by itself"),
+        ([*TORCHRUN, "--nodes", "1", "--setup", "a\nb"], "must be printable text in one line"),
+        ([*KUBERNETES, "--name", "Mine"], "--name 'Mine': not understood. Legal: small letters"),
+        ([*KUBERNETES, "--volume", "runs"], "Legal: CLAIM:/PATH"),
+        ([*KUBERNETES, "--volume", "runs:a"], "Legal: CLAIM:/PATH"),
+    ],
+    ids=lambda value: " ".join(value[3:]) if isinstance(value, list) else "",
+)
+def test_what_no_script_can_hold_is_refused_with_what_can(launch, small, words, message):
+    code, out, err = launch(*words, "--dry-run", "--", *small)
+    assert (code, out) == (1, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("word", ["-m", "--cfg"])
+def test_flags_of_hydra_are_no_overrides(launch, small, word):
+    code, _, err = launch(*SLURM, "--dry-run", "--", *small, word)
+    assert (code, f"{word} behind -- is no override" in err) == (1, True), err
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("30", 1800), ("1:30", 90), ("2:00:05", 7205), ("1-12", 129600), ("1-0:30", 88200), ("7-00:00:01", 604801)],
+)
+def test_times_are_read_as_slurm_reads_them(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@LAUNCHERS
+def test_a_secret_of_the_environment_stands_in_no_script(launch, rendered, small, launcher, monkeypatch):
+    for variable in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(variable, f"{CANARY}-{variable}")
+    assert CANARY not in rendered(*launcher, "--", *small)
+    code, out, err = launch(*launcher, "--dry-run", "--", *small, f"run.dir=/tmp/{CANARY}-HF_TOKEN")
+    assert code == 1
+    assert "the value of HF_TOKEN" in err
+    assert CANARY not in out + err
+
+
+def test_corpora_on_other_disks_are_not_looked_for_and_everything_else_is_checked(launch, rendered, small):
+    absent = [*small, "data.bundled=null", "data.train=absent", "data.tokenizer=absent.json"]
+    code, _, err = launch(*SLURM, "--dry-run", "--", *absent)
+    assert (code, "absent.bin" in err) == (1, True), err
+    script = rendered(*SLURM, "--elsewhere", "--", *absent)
+    assert "    data.train=absent\n" in script
+    assert "shakespeare" not in script.replace("data=shakespeare", ""), "a stand-in for the check reached the script"
+    code, _, err = launch(*SLURM, "--elsewhere", "--dry-run", "--", *absent, "train.global_batch=3")
+    assert (code, "train.global_batch=3" in err) == (1, True), err
+
+
+def test_packages_of_a_container_are_not_looked_for_here(launch, rendered, small):
+    fused = [*small, "optim.name=apex_adamw"]
+    code, _, err = launch(*SLURM, "--dry-run", "--", *fused)
+    assert (code, "apex is not installed" in err) == (1, True), err
+    assert "optim.name=apex_adamw" in rendered(*SLURM, "--container-image", "i", "--", *fused)
+    assert "optim.name=apex_adamw" in rendered(*KUBERNETES, "--", *fused)
+
+
+@pytest.mark.parametrize("launcher, program", [(SLURM, "sbatch"), (KUBERNETES, "kubectl")])
+def test_a_program_that_is_not_there_is_named(launch, small, launcher, program, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, _, err = launch(*launcher, "--", *small)
+    assert (code, f"there is no {program} on PATH" in err) == (1, True), err
+
+
+@LAUNCHERS
+def test_a_script_says_by_which_command_it_was_written(rendered, small, launcher):
+    text = rendered(*launcher, "--", *small)
+    (line,) = re.findall(r"^# (nemohybrid launch .*)$", text, re.MULTILINE)
+    assert shlex.split(line)[2:] == [*launcher, "--", *small]

@@ -1,0 +1,85 @@
+"""SLURM on one machine, as far as a batch script sees it: `srun`, `scontrol` and `sbatch` that really run what they are given.
+
+    python fake_slurm.py srun|scontrol|sbatch ARGUMENT...
+
+FAKE_SLURM names a folder in which they write down what they were asked: `requeued` a line a job, `submitted` the script,
+`srun` the options, `tasks` the process ids of the tasks, which are what SLURM signals. Statuses are those of srun(1), and a
+cluster may kill all tasks after the first that fails (KillOnBadExit), as this one does unless it is told otherwise.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+FOLDER = Path(os.environ["FAKE_SLURM"])
+
+
+def sbatch(words: list[str]) -> int:
+    """Takes a script on standard input and keeps it."""
+    (FOLDER / "submitted").write_text(sys.stdin.read())
+    print("Submitted batch job 4242")
+    return int(os.environ.get("FAKE_SBATCH_STATUS", 0))
+
+
+def scontrol(words: list[str]) -> int:
+    """`show hostnames LIST`, and `requeue JOB`, which a cluster may refuse."""
+    if words[:2] == ["show", "hostnames"]:
+        print("\n".join(words[2].split(",")))
+        return 0
+    assert words[0] == "requeue", words
+    with (FOLDER / "requeued").open("a") as file:
+        print(words[1], file=file)
+    return int(os.environ.get("FAKE_REQUEUE_STATUS", 0))
+
+
+def srun(words: list[str]) -> int:
+    """Starts every task here; returns the highest status, or 128 + signal, of any."""
+    options = {word.partition("=")[0]: word.partition("=")[2] for word in _options(words)}
+    command = words[len(options) :]
+    (FOLDER / "srun").write_text(json.dumps(options))
+    nodes, per_node = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
+    ranks = range(nodes * per_node)
+    with open(options["--output"], "w") as log:  # noqa: PTH123 - a plain string
+        tasks = [subprocess.Popen(command, env=_task(r, nodes, per_node), stdout=log, stderr=log) for r in ranks]
+    (FOLDER / "tasks.new").write_text(" ".join(str(task.pid) for task in tasks))
+    (FOLDER / "tasks.new").rename(FOLDER / "tasks")
+    _wait(tasks, strict=options.get("--kill-on-bad-exit") != "0", patience=float(options.get("--wait") or 0))
+    (FOLDER / "tasks").unlink()
+    return max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks)
+
+
+def _options(words: list[str]) -> list[str]:
+    first = next(i for i, word in enumerate(words) if not word.startswith("--"))
+    return words[:first]
+
+
+def _task(rank: int, nodes: int, per_node: int) -> dict[str, str]:
+    mine = {
+        "SLURM_PROCID": rank,
+        "SLURM_LOCALID": rank % per_node,
+        "SLURM_NTASKS": nodes * per_node,
+        "SLURM_NNODES": nodes,
+    }
+    return os.environ | {name: str(value) for name, value in mine.items()}
+
+
+def _wait(tasks: list[subprocess.Popen], strict: bool, patience: float) -> None:
+    """strict: the first bad status ends all. patience: so long after the first end, whatever its status; 0: for ever."""
+    first = None
+    while any(task.poll() is None for task in tasks):
+        ended = [task.returncode for task in tasks if task.poll() is not None]
+        first = first or (time.monotonic() if ended else None)
+        if (strict and any(ended)) or (first and patience and time.monotonic() > first + patience):
+            for task in tasks:
+                with suppress(ProcessLookupError):
+                    task.kill()
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    program, *rest = sys.argv[1:]
+    sys.exit({"srun": srun, "scontrol": scontrol, "sbatch": sbatch}[program](rest))
