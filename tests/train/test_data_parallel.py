@@ -92,14 +92,6 @@ def test_gradients_are_summed_alike_in_any_bucket_size(run_ranks, monkeypatch):
     assert run_ranks(check) == ["", ""]
 
 
-def test_ranks_with_different_configurations_all_fail_with_a_config_error(configure, run_ranks, tmp_path):
-    same, other = configure(world_size=2), configure("optim.lr=0.5", world_size=2)
-    failures = run_ranks(lambda context: run(other if context.rank else same, context))
-    for rank, failure in enumerate(failures):
-        assert "ConfigError: ranks [1] composed another configuration" in failure, f"rank {rank}: {failure}"
-    assert not (tmp_path / "run").exists(), "a file was written before the ranks agreed"
-
-
 def test_a_rank_that_fails_alone_does_not_leave_the_other_waiting(configure, run_ranks, monkeypatch):
     """The command on both ranks: one cannot go on, its peer hears of it at once and not after a collective's timeout."""
     real = Trainer.train_step

@@ -211,12 +211,11 @@ def check(config: RunConfig, args: argparse.Namespace) -> int:
     """Compare on this rank, one of those torchrun started; rank 0 tells what was found."""
     from nemohybrid.parallel import world
     from nemohybrid.train.parity import compare
-    from nemohybrid.train.run import check_agreement, join, say, shown_cut
+    from nemohybrid.train.run import join, say, shown_cut
     from nemohybrid.train.trainer import use_threads
 
     context = join(config)
     with _in_plain_words(context):
-        check_agreement(config, context)
         use_threads(config.train.threads)
         say(context, introduction(config, context, args.steps), *shown_cut(config, context))
         comparison = compare(config, context, args.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,9 +42,17 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def start(
-    device: str = "auto", backend: str = "auto", timeout_minutes: float = 10.0, axes: Axes | None = None
+    device: str = "auto",
+    backend: str = "auto",
+    timeout_minutes: float = 10.0,
+    axes: Axes | None = None,
+    met: Callable[[ParallelContext], object] | None = None,
 ) -> ParallelContext:
-    """Join the job torchrun started, or stay alone. Call once per process; `stop` undoes it. `axes` as in `divide`."""
+    """Join the job torchrun started, or stay alone. Call once per process; `stop` undoes it. `axes` as in `divide`.
+
+    met: called once all ranks have met and are not divided yet, for what must be known before: ranks that divide
+    themselves differently wait for each other.
+    """
     _, local_rank, world_size = world_from_environment()
     chosen = choose_device(device, local_rank)
     if world_size == 1:
@@ -51,6 +60,8 @@ def start(
     backend = ("nccl" if chosen.type == "cuda" else "gloo") if backend == "auto" else backend
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, device_id=chosen if chosen.type == "cuda" else None)
+    if met is not None:
+        met(ParallelContext(chosen, dist.get_rank(), world_size))
     return divide(chosen, axes, timeout)
 
 

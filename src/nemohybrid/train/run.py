@@ -1,5 +1,6 @@
 """A run from the outside: agree, build, resume, train, say where everything is."""
 
+from functools import partial
 from pathlib import Path
 
 from nemohybrid.checkpoint.world import World
@@ -7,14 +8,13 @@ from nemohybrid.config.accounting import total_cost
 from nemohybrid.config.ranks import data_mode, microbatch
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.yaml import config_yaml
-from nemohybrid.errors import ConfigError
 from nemohybrid.parallel import world
-from nemohybrid.parallel.collectives import gather_bytes
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.plan.axes import axes
 from nemohybrid.plan.memory import check_fits
 from nemohybrid.plan.pipeline import describe
 from nemohybrid.symbols import parse_pattern
+from nemohybrid.train.agreement import check_agreement
 from nemohybrid.train.callbacks import standard
 from nemohybrid.train.lock import only_job_in
 from nemohybrid.train.plain_words import in_plain_words
@@ -27,10 +27,13 @@ from nemohybrid_kernels.backend import lines_of
 
 
 def join(config: RunConfig) -> ParallelContext:
-    """Meet the other ranks of the job, divided as the configuration says. Once a process; `parallel.world.stop` ends it."""
+    """Meet the other ranks of the job, divided as the configuration says. Once a process; `parallel.world.stop` ends it.
+
+    Raises ConfigError where ranks do not run the same.
+    """
     _, _, ranks = world.world_from_environment()
-    cluster = config.cluster
-    return world.start(config.run.device, cluster.backend, cluster.timeout_minutes, axes(config, ranks))
+    cluster, met = config.cluster, partial(check_agreement, config)
+    return world.start(config.run.device, cluster.backend, cluster.timeout_minutes, axes(config, ranks), met)
 
 
 def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None = None) -> Trainer:
@@ -67,17 +70,6 @@ def _train(trainer: Trainer, precision: Resolved, folder: Path, signals: StopSig
         say(context, *trainer.checkpoints.space_warnings())
     trainer.fit(signals)
     say(context, _stopped(trainer) if trainer.stopped_by else _conclusion(trainer, folder))
-
-
-def check_agreement(config: RunConfig, context: ParallelContext) -> None:
-    """Every rank must have composed what rank 0 composed. Raises ConfigError on all ranks otherwise."""
-    digests = gather_bytes(bytes.fromhex(config.digest()), context.world, context.device)
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise ConfigError(
-            f"ranks {different} composed another configuration than rank 0. "
-            "All must start with the same command, configs/ folder and code"
-        )
 
 
 def say(context: ParallelContext, *lines: str) -> None:
