@@ -17,6 +17,7 @@ from nemohybrid.symbols import parse_pattern
 from nemohybrid.train.agreement import check_agreement
 from nemohybrid.train.callbacks import standard
 from nemohybrid.train.lock import only_job_in
+from nemohybrid.train.meeting import in_words_of_a_meeting
 from nemohybrid.train.plain_words import in_plain_words
 from nemohybrid.train.precision import Resolved
 from nemohybrid.train.process import allow_many_files, keep_freed_memory
@@ -29,11 +30,12 @@ from nemohybrid_kernels.backend import lines_of
 def join(config: RunConfig) -> ParallelContext:
     """Meet the other ranks of the job, divided as the configuration says. Once a process; `parallel.world.stop` ends it.
 
-    Raises ConfigError where ranks do not run the same.
+    Raises ConfigError where ranks do not run the same, TrainingError where they do not meet.
     """
     _, _, ranks = world.world_from_environment()
     cluster, met = config.cluster, partial(check_agreement, config)
-    return world.start(config.run.device, cluster.backend, cluster.timeout_minutes, axes(config, ranks), met)
+    with in_words_of_a_meeting():
+        return world.start(config.run.device, cluster.backend, cluster.timeout_minutes, axes(config, ranks), met)
 
 
 def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None = None) -> Trainer:
