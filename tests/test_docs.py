@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemohybrid.__main__ import COMMANDS
-from nemohybrid.cli import data, export_hf, from_megatron, generate, import_hf, parity, plan, sweep_lr
+from nemohybrid.cli import data, export_hf, from_megatron, generate, import_hf, launch_options, parity, plan, sweep_lr
 from nemohybrid.cli.train import HYDRA_FLAGS, SWEEP_FLAGS
 from nemohybrid.config.check import find_field
 from nemohybrid.config.overrides import usable_overrides
@@ -38,6 +38,7 @@ PARSERS = {
     "sweep-lr": sweep_lr.parser,
     "parity": parity.parser,
     "plan": plan.build_parser,
+    "launch": launch_options.parser,
 }
 
 

@@ -5,7 +5,8 @@ import shlex
 
 import pytest
 
-from nemohybrid.launch.checks import seconds_of
+from nemohybrid.errors import ConfigError
+from nemohybrid.launch import checks
 
 CANARY = "canary-5f1c-9e"
 KUBERNETES = ["kubernetes", "--image", "image:1", "--gpus-per-node", "2"]
@@ -43,26 +44,12 @@ def test_the_ranks_of_a_node_are_known_to_the_rules(rendered, launch, small, mon
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([*SLURM, "--time", "tomorrow"], "--time 'tomorrow': no time of SLURM. Legal: minutes, "),
-        ([*SLURM, "--time", "0"], "without a limit nothing asks the run to save"),
-        ([*SLURM, "--time", "5"], "--save-seconds 300: of 300 s of --time 5 nothing would be left"),
-        ([*SLURM, "--time", "9-0", "--save-seconds", "70000"], "at most 65535 s ahead"),
         ([*SLURM, "--partition", "gpu;reboot"], "--partition 'gpu;reboot': not understood. Legal: "),
-        ([*SLURM, "--account", "a b"], "--account 'a b'"),
-        ([*SLURM, "--name", "a\n#SBATCH"], "--name"),
-        ([*SLURM, "--sbatch=--time=9"], "--sbatch=--time=9: the script sets it"),
-        ([*SLURM, "--sbatch=qos"], "an option of sbatch in one word"),
-        ([*SLURM, "--sbatch=--comment=a b"], "an option of sbatch in one word"),
         ([*SLURM, "--mount", "/a:/b"], "there is no container"),
-        ([*SLURM, "--container-image", "i", "--mount", "/a,b:/c"], "Legal: SOURCE:/TARGET"),
-        ([*SLURM, "--container-image", "i", "--mount", "/a"], "Legal: SOURCE:/TARGET"),
         ([*SLURM, "--logs", "a\nb"], "must be printable text in one line"),
         ([*TORCHRUN, "--nodes", "2"], "must know where to meet"),
         ([*TORCHRUN, "--rendezvous", "a:1"], "one machine meets by itself"),
-        ([*TORCHRUN, "--nodes", "1", "--setup", "a\nb"], "must be printable text in one line"),
         ([*KUBERNETES, "--name", "Mine"], "--name 'Mine': not understood. Legal: small letters"),
-        ([*KUBERNETES, "--volume", "runs"], "Legal: CLAIM:/PATH"),
-        ([*KUBERNETES, "--volume", "runs:a"], "Legal: CLAIM:/PATH"),
     ],
     ids=lambda value: " ".join(value[3:]) if isinstance(value, list) else "",
 )
@@ -70,6 +57,34 @@ def test_what_no_script_can_hold_is_refused_with_what_can(launch, small, words, 
     code, out, err = launch(*words, "--dry-run", "--", *small)
     assert (code, out) == (1, "")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "check, message",
+    [
+        (lambda: checks.seconds_of("tomorrow"), "--time 'tomorrow': no time of SLURM. Legal: minutes, "),
+        (lambda: checks.seconds_of("1:2:3:4"), "no time of SLURM"),
+        (lambda: checks.seconds_of("0"), "without a limit nothing asks the run to save"),
+        (lambda: checks.room_to_save("5", 300), "--save-seconds 300: of 300 s of --time 5 nothing would be left"),
+        (lambda: checks.room_to_save("6", 300), "nothing would be left"),
+        (lambda: checks.room_to_save("9-0", 70_000), "at most 65535 s ahead"),
+        (lambda: checks.names("--partition", "a,,b"), "--partition 'a,,b'"),
+        (lambda: checks.name("--account", "a b"), "--account 'a b'"),
+        (lambda: checks.name("--name", "a\n#SBATCH"), "--name"),
+        (lambda: checks.directive("--time=9", ["time"]), "--sbatch=--time=9: the script sets it"),
+        (lambda: checks.directive("qos", []), "an option of sbatch in one word"),
+        (lambda: checks.directive("--comment=a b", []), "an option of sbatch in one word"),
+        (lambda: checks.directive("--comment=a\n", []), "an option of sbatch in one word"),
+        (lambda: checks.mount("/a,b:/c"), "Legal: SOURCE:/TARGET"),
+        (lambda: checks.mount("/a"), "Legal: SOURCE:/TARGET"),
+        (lambda: checks.mount("/a:b"), "Legal: SOURCE:/TARGET"),
+        (lambda: checks.volume("runs"), "Legal: CLAIM:/PATH"),
+        (lambda: checks.volume("runs:a"), "Legal: CLAIM:/PATH"),
+    ],
+)
+def test_every_form_is_checked(check, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check()
 
 
 @pytest.mark.parametrize("word", ["-m", "--cfg"])
@@ -83,7 +98,7 @@ def test_flags_of_hydra_are_no_overrides(launch, small, word):
     [("30", 1800), ("1:30", 90), ("2:00:05", 7205), ("1-12", 129600), ("1-0:30", 88200), ("7-00:00:01", 604801)],
 )
 def test_times_are_read_as_slurm_reads_them(text, seconds):
-    assert seconds_of(text) == seconds
+    assert checks.seconds_of(text) == seconds
 
 
 @LAUNCHERS

@@ -97,3 +97,13 @@ def test_shellcheck_finds_nothing_in_what_is_rendered(rendered, small, words, em
 def test_shellcheck_is_listening(empty_folder):
     (empty_folder / "script.sh").write_text("#!/bin/bash\necho $UNQUOTED\n")
     assert "SC2086" in shellcheck(empty_folder / "script.sh")
+
+
+def test_the_table_of_variables_names_every_one_that_a_script_sets_or_mentions():
+    page = (ROOT / "docs" / "launch.md").read_text().partition("## Variables")[2].partition("\n## ")[0]
+    table = set(re.findall(r"`([A-Z_]{8,})`", page))
+    texts = "".join(file.read_text() for file in SHIPPED)
+    named = set(re.findall(r"export ([A-Z_]+)=", texts)) | set(re.findall(r"- \{name: ([A-Z_]+), value", texts))
+    of_each_rank = {"RANK"}
+    assert named - of_each_rank <= table, f"the table lacks {sorted(named - table)}"
+    assert table <= set(re.findall(r"[A-Z_]{8,}", texts)), "the table names what no script does"
