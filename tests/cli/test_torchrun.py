@@ -133,4 +133,5 @@ def test_the_wheel_brings_every_configuration_and_the_bundled_text(installed):
     configs = installed / "nemohybrid" / "configs"
     assert {path.relative_to(configs) for path in configs.rglob("*.yaml")} == shipped
     assert (installed / "nemohybrid" / "data" / "bundled" / "shakespeare.txt").stat().st_size > 900_000
+    assert (installed / "nemohybrid" / "launch" / "templates" / "slurm.sh").is_file()
     assert not [name for name in os.listdir(installed) if name in ("tests", "docs", "scripts")]  # noqa: PTH208

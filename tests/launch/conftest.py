@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_cluster import Cluster
-from processes import kill_group, start
+from processes import kill_all, start
 
 from nemohybrid.__main__ import main
 
@@ -118,4 +118,4 @@ def background(empty_folder) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield run
     for process in processes:
-        kill_group(process)
+        kill_all(process, empty_folder)

@@ -11,6 +11,7 @@ from processes import end, steps_of, wait_for
 PYTHON = ["--python", sys.executable]
 
 
+@pytest.mark.slow
 def test_the_command_becomes_torchrun_which_passes_a_signal_on_to_the_ranks(background, small, empty_folder):
     """SIGUSR1 would kill torchrun if the script did not have it handled."""
     words = ["torchrun", "--gpus-per-node", "2", *PYTHON, "--", *small, "train.steps=1000000"]

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from processes import end, kill_group, start, wait_for
+from processes import end, kill_all, start, wait_for
 
 
 class Cluster:
@@ -72,4 +72,4 @@ class Cluster:
     def clean(self) -> None:
         """Leave nothing running."""
         if self.batch is not None:
-            kill_group(self.batch)
+            kill_all(self.batch, self.work)

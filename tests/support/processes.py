@@ -2,26 +2,30 @@
 
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 PATIENCE_S = 100
 
 
+MARK = "STARTED_BY_TEST"
+"""A variable that all descendants of a process inherit, whatever sessions they make."""
+
+
 def start(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """A process with a group of its own, its two outputs in one pipe."""
+    """A process, its two outputs in one pipe."""
     return subprocess.Popen(
         words,
         cwd=folder,
-        env=os.environ | environment,
+        env=os.environ | environment | {MARK: str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -31,10 +35,13 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out
 
 
-def kill_group(process: subprocess.Popen[str]) -> None:
-    """The process and what it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def kill_all(process: subprocess.Popen[str], folder: Path) -> None:
+    """The process, and all that was started below it in `folder`: torchrun's ranks have sessions of their own."""
+    process.kill()
+    for other in psutil.process_iter():
+        with suppress(psutil.Error):
+            if other.environ().get(MARK) == str(folder):
+                other.kill()
     process.communicate()
 
 
