@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE_S = 100
+PATIENCE_S = 150
 
 
 MARK = "STARTED_BY_TEST"
