@@ -215,6 +215,26 @@ CASES = {
         ["data.sequence_length=64, 68"],
         ["data.sequence_length=66"],
     ),
+    "lengths_make_the_longest": (
+        ["data.lengths={100: 1, 256: 3}"],
+        ["256 tokens are no whole number of such sequences", "a length of 64, a length of 128"],
+        ["data.lengths={64: 1, 256: 3}"],
+    ),
+    "lengths_over_ranks": (
+        ["data.lengths={6: 1, 256: 3}", "parallel.context=2"],
+        ["6 tokens do not cut into 2 x 2 pieces", "multiples of 4"],
+        ["data.lengths={64: 1, 256: 3}"],
+    ),
+    "lengths_without_a_ramp": (
+        ["data.lengths={64: 1, 256: 3}", "train.batch_ramp.start=4", "train.batch_ramp.increment=4"],
+        ["do not take turns while the batch grows", "data.lengths=null"],
+        ["data.lengths={256: 1}", "train.batch_ramp.start=4", "train.batch_ramp.increment=4"],
+    ),
+    "positions_need_an_evaluation": (
+        ["train.evaluate_positions=true"],
+        ["nothing is evaluated", "train.evaluate_every=1 or more"],
+        ["train.evaluate_positions=true", "train.evaluate_every=1"],
+    ),
     "tokens_of_a_context_rank": (
         ["parallel.context=2", "data.sequence_length=4"],
         ["2 tokens of a rank are fewer than the 3", "data.sequence_length=6 or more"],

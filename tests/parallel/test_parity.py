@@ -67,11 +67,19 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("model", ["every_option", "latent"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+MODELS = ["every_option", "latent"]
+CASES = [
+    pytest.param(layout, model, marks=[] if number % 2 == first else [pytest.mark.slow], id=f"{layout}-{model}")
+    for number, layout in enumerate(LAYOUTS)
+    for first, model in enumerate(MODELS)
+]
+"""Every layout with either model; with the second of them only where slow tests run too."""
+
+
+@pytest.mark.parametrize("layout, model", CASES)
 def test_every_gradient_and_weight_equals_one_rank(layout, model):
-    """Packed rows; recomputed layers in every other case."""
-    recompute = "layer" if LAYOUTS.index(layout) % 2 else "none"
+    """Packed rows; recomputed layers in every other case of a model."""
+    recompute = "layer" if LAYOUTS.index(layout) // 2 % 2 else "none"
     comparison = compare(layout, model, recompute=recompute)
     assert not comparison.faults(TOLERANCE), "\n".join(comparison.faults(TOLERANCE))
     assert len(comparison.tensors) > 80

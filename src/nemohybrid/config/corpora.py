@@ -1,4 +1,5 @@
-"""What may stand in `data.train` and `data.valid`: text, or a mapping. OmegaConf has no type for that, so it is checked here."""
+"""What may stand in `data.train`, `data.valid` and `data.lengths`: text, or a mapping. OmegaConf has no type for that, so it is
+checked here."""
 
 import math
 import re
@@ -34,6 +35,21 @@ def names_problem(value: Any) -> str:
     return "; ".join(faults) if value else "names no corpus"
 
 
+def lengths_problem(value: Any) -> str:
+    """Why `value` is no mapping of lengths to shares; an empty string when it is one, or is empty (null)."""
+    if value is None:
+        return ""
+    if not isinstance(value, Mapping):
+        return "is no mapping {tokens: share of the steps, ...}"
+    faults = [f"the length {key!r} is no whole number above 0" for key in value if not _is_length(key)]
+    faults += [
+        f"the share of {key} is {share!r}, not a number above 0"
+        for key, share in value.items()
+        if not _is_weight(share)
+    ]
+    return "; ".join(faults)
+
+
 def _prefix_problem(value: Any, wanted: str) -> str:
     return "" if value is None or _is_prefix(value) else f"is neither {wanted} nor empty (null)"
 
@@ -44,3 +60,7 @@ def _is_prefix(value: Any) -> bool:
 
 def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

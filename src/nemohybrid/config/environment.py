@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemohybrid.config.corpora import names_problem, weights_problem
+from nemohybrid.config.corpora import lengths_problem, names_problem, weights_problem
 from nemohybrid.config.section import Section, option
 
 
@@ -30,6 +30,12 @@ class DataSection(Section):
         None, "byte, bpe:SIZE (bundled text only), a tokenizer.json or a tokenizer.model; empty: the corpus says"
     )
     sequence_length: int = option(256, "tokens of a training sample", minimum=1)
+    lengths: Any = option(
+        None,
+        "{tokens: share, ...}: sequence lengths that take turns, one a step, by shares of the steps and so of the tokens; a step "
+        "of shorter sequences reads more of them. The longest is `sequence_length`. Empty: that one alone",
+        problem=lengths_problem,
+    )
     reset_documents: bool = option(True, "state and attention stop at document boundaries inside a sample")
     valid_windows: str = option(
         "stream",

@@ -43,6 +43,9 @@ class TrainSection(Section):
         choices=("none", "layer"),
     )
     evaluate_every: int = option(0, "validate every so many steps, and after the last; 0: never", minimum=0)
+    evaluate_positions: bool = option(
+        False, "also score by the position of a token in its document, and draw position_loss.png"
+    )
     threads: int | None = option(None, "CPU threads of a process; empty: what the machine has", minimum=1)
 
 

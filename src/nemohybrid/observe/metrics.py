@@ -57,10 +57,12 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 def flat(record: "DataclassInstance") -> dict[str, Any]:
     """A step or an evaluation as one level of names: `val_loss/web` is the `val_loss` of the set `web`.
 
+    `position_loss` is a list of [last position of a run, mean loss in it, mean loss up to there].
     `mtp_acceptance/1`, `mtp_acceptance/2`, ... are those of the MTP depths, `mtp_acceptance/1/web` that of a set.
     """
     values: dict[str, Any] = asdict(record)
-    sets = values.pop("sets", {})
+    sets, positions = values.pop("sets", {}), values.pop("positions", ())
+    values |= {"position_loss": [[at["last"], at["loss"], at["cumulative"]] for at in positions]} if positions else {}
     values |= values.pop("metrics", {}) | _by_depth(values)
     for name, score in sets.items():
         values |= {f"{key}/{name}": value for key, value in (score | _by_depth(score)).items()}

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from nemohybrid.config.batch_plan import BatchPlan
+from nemohybrid.config.lengths import LengthPlan
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.data.bundled import prepare_bundled
 from nemohybrid.data.corpus import Corpus
@@ -49,8 +50,13 @@ class RunData:
         self.tokenizer = sources.tokenizer
         self._check_vocabulary(sources)
         length, seed = config.data.sequence_length, config.run.seed
-        self.train = Mixture(sources.train, sources.weights, length, seed, cache / "index")
-        self.train.check_batch(config.train.global_batch)
+        self.lengths = LengthPlan.of(config.data)
+        self.mixtures = {
+            own: Mixture(sources.train, sources.weights, own, seed, cache / "index") for own, _ in self.lengths.lengths
+        }
+        for own, mixture in self.mixtures.items():
+            mixture.check_batch(config.train.global_batch * (length // own))
+        self.train = self.mixtures[length]
         self.valid = {name: self._validation(corpus) for name, corpus in sources.valid.items()}
         self.bytes_per_token = self.train.bytes_per_token
 
@@ -70,12 +76,22 @@ class RunData:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same in the run folder's checkpoints: corpora, their order and shares. JSON."""
-        return {"data.corpora": self.train.identity()}
+        """What must be the same in the run folder's checkpoints: corpora, their order and shares, and lengths. JSON."""
+        lengths = {str(length): str(share) for length, share in self.lengths.lengths}
+        several = {"data.lengths": lengths} if len(lengths) > 1 else {}
+        return {"data.corpora": self.train.identity()} | several
 
     def describe(self, total_samples: int) -> list[str]:
-        """What the first `total_samples` sequences of the run are made of, in plain words."""
-        return self.train.describe(total_samples)
+        """What the first `total_samples` sequences of the run are made of, in plain words; as if all were of the longest."""
+        lines = [
+            f"{float(share):7.2%} of the steps and of the tokens in sequences of {n:,}"
+            for n, share in self.lengths.lengths
+        ]
+        return self.train.describe(total_samples) + (lines if len(lines) > 1 else [])
+
+    def short_rows(self, step: int) -> int:
+        """How many sequences of `step` take the place of one of `data.sequence_length` tokens."""
+        return self.config.data.sequence_length // self.lengths.at(step)
 
     def batch(self, step: int) -> Batch:
         """This rank's sequences of `step`, on its device. Rank r of n takes the r-th of n equal runs of the batch; where ranks
@@ -83,11 +99,18 @@ class RunData:
 
         Raises DataError for a token id that the model does not have.
         """
-        rows = self.context.rows
-        share = self.plan.batch_at(step) // rows.size
-        first = self.plan.samples_before(step) + share * rows.rank
-        tokens, labels, mask = self.train.batch(first, first + share, self.config.model.vocab_size or 0)
+        rows, length = self.context.rows, self.lengths.at(step)
+        batch = self.plan.batch_at(step) * self.short_rows(step)
+        share = batch // rows.size
+        first = self._first_of(step, length, batch) + share * rows.rank
+        tokens, labels, mask = self.mixtures[length].batch(first, first + share, self.config.model.vocab_size or 0)
         return self._on_device(tokens, labels, mask)
+
+    def _first_of(self, step: int, length: int, batch: int) -> int:
+        """The number of the step's first sequence among those of its length. A batch that grows has one length."""
+        if len(self.mixtures) == 1:
+            return self.plan.samples_before(step)
+        return self.lengths.steps_before(step, length) * batch
 
     def validation_batches(self, name: str, batch_size: int) -> Iterator[tuple[Batch, int]]:
         """This rank's share of the windows of one validation set, with the bytes of text each batch scores."""

@@ -19,6 +19,7 @@ from nemohybrid.train.batch import Batch
 from nemohybrid.train.data import RunData
 from nemohybrid.train.loss import heads, stage_states
 from nemohybrid.train.passes import Passes
+from nemohybrid.train.position_loss import PositionLosses, PositionScore
 
 T = TypeVar("T")
 IN_A_ROW = 8
@@ -47,13 +48,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The score of all validation sets as if they were one text, and that of each which has a name."""
+    """The score of all validation sets as if they were one text, and that of each which has a name; by position, where that
+    was asked for."""
 
     step: int
     val_loss: float
     val_bits_per_byte: float
     sets: dict[str, Score] = field(default_factory=dict)
     mtp_acceptance: tuple[float, ...] = ()
+    positions: tuple[PositionScore, ...] = ()
 
     @property
     def lines(self) -> list[str]:
@@ -71,21 +74,27 @@ def evaluation_is_due(config: RunConfig, step: int) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    model: HybridModel, data: RunData, batch_size: int, step: int, may_go_on: Callable[[], bool] = lambda: True
+    model: HybridModel,
+    data: RunData,
+    batch_size: int,
+    step: int,
+    may_go_on: Callable[[], bool] = lambda: True,
+    positions: bool = False,
 ) -> Evaluation | None:
     """Score every validation token once, over all ranks; every rank returns the same numbers.
 
     `may_go_on` is asked before each batch, in a pipeline before those that pass it one behind the other, on all ranks
-    equally often and with the same answer; None where it says no.
+    equally often and with the same answer; None where it says no. positions: whether to score by them too.
     """
     context = data.context
     together = 1 if context.pipeline.size == 1 else IN_A_ROW * context.pipeline.size
+    by_position = PositionLosses(data.config.data.sequence_length, context.device) if positions else None
     totals = torch.zeros(len(data.valid), 3 + 2 * model.mtp_depth, dtype=torch.float64)
     for row, name in enumerate(data.valid):
         for batches in _in_groups(data.validation_batches(name, batch_size), together):
             if not may_go_on():
                 return None
-            scores = score_batches(model, [batch for batch, _ in batches], context)
+            scores = score_batches(model, [batch for batch, _ in batches], context, by_position)
             scored_bytes = (
                 sum(count for _, count in batches) if context.pipeline.rank == context.context.rank == 0 else 0
             )
@@ -93,7 +102,8 @@ def evaluate(
     totals = sum_over(sum_over(totals.to(context.device), context.data), context.pipeline).cpu()
     whole = _score(totals.sum(0))
     sets = {name: _score(row) for name, row in zip(data.valid, totals, strict=True) if name}
-    return Evaluation(step, whole.val_loss, whole.val_bits_per_byte, sets, whole.mtp_acceptance)
+    found = tuple(by_position.scores(context)) if by_position else ()
+    return Evaluation(step, whole.val_loss, whole.val_bits_per_byte, sets, whole.mtp_acceptance, found)
 
 
 def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -103,7 +113,9 @@ def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def score_batches(model: HybridModel, batches: Sequence[Batch], context: ParallelContext) -> Tensor:
+def score_batches(
+    model: HybridModel, batches: Sequence[Batch], context: ParallelContext, positions: PositionLosses | None = None
+) -> Tensor:
     """[2 + 2 x MTP depths], fp64: the sums of `score_batch` over batches that pass the pipeline one behind the other.
 
     Zeros on ranks without the last stage. Collective over the pipeline.
@@ -114,14 +126,20 @@ def score_batches(model: HybridModel, batches: Sequence[Batch], context: Paralle
         batch = batches[number]
         if not stage.is_last:
             return stage_states(model, batch, None, stage, x)
-        totals.add_(score_batch(model, batch, stage, x))
+        totals.add_(score_batch(model, batch, stage, x, positions))
         return totals
 
     Passes(model, batches, context).evaluate(forward)
     return totals
 
 
-def score_batch(model: HybridModel, batch: Batch, stage: Stage | None = None, x: Tensor | None = None) -> Tensor:
+def score_batch(
+    model: HybridModel,
+    batch: Batch,
+    stage: Stage | None = None,
+    x: Tensor | None = None,
+    positions: PositionLosses | None = None,
+) -> Tensor:
     """[2 + 2 x MTP depths]: nats and number of the scored tokens, then accepted drafts and targets of each depth.
 
     Position t of depth k drafts token t + k + 2 and has read the true ones before it, as the model has that chooses the
@@ -130,6 +148,8 @@ def score_batch(model: HybridModel, batch: Batch, stage: Stage | None = None, x:
     seq = batch.sequence()
     (hidden, labels, mask), *drafts = heads(model, batch, seq, stage, x)
     losses = model.output.cross_entropy(hidden, labels.flatten(), seq).view_as(mask)
+    if positions is not None:
+        positions.add(losses, mask, seq.positions(losses.device))
     chosen = model.output.most_likely(hidden, seq).view_as(labels) if drafts else labels
     sums, accepted = [(losses * mask).sum(), mask.sum()], torch.ones_like(mask)
     for by, (draft, _, counted) in enumerate(drafts, 1):

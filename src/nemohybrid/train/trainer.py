@@ -70,8 +70,12 @@ class Trainer:
 
     @property
     def microbatch(self) -> int:
-        """Sequences computed at a time on one rank."""
-        return microbatch(self.config, self.context.data.size)
+        """Sequences of `data.sequence_length` tokens that one rank computes at a time."""
+        return microbatch(self.config, self.context.rows.size)
+
+    def microbatch_at(self, step: int) -> int:
+        """The same for the sequences of a step, which may be shorter: as many tokens."""
+        return self.microbatch * self.data.short_rows(step)
 
     @property
     def is_complete(self) -> bool:
@@ -123,7 +127,7 @@ class Trainer:
         lr = learning_rate(self.config, self.plan, step)
         set_learning_rate(self.optimizer, lr)
         batch = self.data.batch(step)
-        losses = compute_gradients(self.model, batch, self.microbatch, self.context, self.shared)
+        losses = compute_gradients(self.model, batch, self.microbatch_at(step), self.context, self.shared)
         norm = gradient_norm(self.parameters.values(), self.context)
         numbers = torch.cat([norm.float().view(1), losses, self.balance.collect()])
         grad_norm, mean_loss, *others = numbers.tolist()  # the step waits for the device only here
@@ -141,6 +145,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         depths = self.model.mtp_depth
         metrics = mtp_metrics(others[:depths]) | self.balance.metrics(others[depths:])
+        metrics |= {"sequence_length": self.data.lengths.at(step)} if len(self.data.mixtures) > 1 else {}
         metrics |= {"moe_repeats": self.model.repeats} if self.model.repeats else {}
         return StepResult(step, mean_loss, grad_norm, lr, self.plan.batch_at(step), tokens, seconds, metrics)
 
@@ -151,7 +156,7 @@ class Trainer:
 
     def _not_finite(self, batch: Batch, loss: float, norm: float) -> str:
         """Collective."""
-        found = first_bad_tensor(self.model, batch, self.microbatch, self.context)
+        found = first_bad_tensor(self.model, batch, self.microbatch_at(self.step + 1), self.context)
         return (
             f"the loss is {loss:.4g}, the gradient norm {norm:.4g}. First bad tensor: {found}.\n"
             f"Weights and checkpoints are as they were; the newest checkpoint: {self.checkpoints.newest() or 'none yet'}. "
@@ -164,7 +169,9 @@ class Trainer:
         None where a signal came first: the step is saved at once, since scoring may take longer than the time that is left,
         and the same command scores it when it goes on.
         """
-        evaluation = evaluate(self.model, self.data, self.microbatch, self.step, self._may_go_on)
+        evaluation = evaluate(
+            self.model, self.data, self.microbatch, self.step, self._may_go_on, self.config.train.evaluate_positions
+        )
         self.shared.release()
         self.model.clock.weights_changed()  # what looks at the next step sees its weights being quantized, too
         if evaluation is not None:

@@ -9,6 +9,7 @@ from nemohybrid.config.rules import (  # noqa: F401 - they register their rules
     experts,
     kernels,
     layout,
+    lengths,
     model,
     pipeline,
     precision,

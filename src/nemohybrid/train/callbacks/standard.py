@@ -10,6 +10,7 @@ from nemohybrid.train.callbacks.memory import Memory
 from nemohybrid.train.callbacks.metrics_file import MetricsFile
 from nemohybrid.train.callbacks.output_norms import MeasureOutputNorms
 from nemohybrid.train.callbacks.picture import Picture
+from nemohybrid.train.callbacks.position_loss import PositionPicture
 from nemohybrid.train.callbacks.precision_health import PrecisionHealth
 from nemohybrid.train.callbacks.progress import Progress
 from nemohybrid.train.callbacks.samples import Samples
@@ -35,6 +36,7 @@ def _writers(config: RunConfig) -> list[Callback]:
         (config.logging.wandb, WandB()),
         (True, Progress(config.logging.console, config.logging.every)),
         (config.logging.picture, Picture()),
+        (config.train.evaluate_positions, PositionPicture()),
         (config.logging.expert_map_every > 0, ExpertMap(config.logging.expert_map_every)),
     ]
     return [callback for wanted, callback in chosen if wanted]

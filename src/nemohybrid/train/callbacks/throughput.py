@@ -17,7 +17,7 @@ class Throughput(Callback):
     def on_run_start(self, trainer: Trainer) -> None:
         """Count once; only time is measured later."""
         config, device = trainer.config, trainer.context.device
-        self.cost = total_cost(config.model, config.data.sequence_length)
+        self.costs = {length: total_cost(config.model, length) for length in trainer.data.mixtures}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.peak = peak_flops(name, config.cluster.peak_tflops)
         self.bytes_per_token = trainer.data.bytes_per_token
@@ -26,12 +26,13 @@ class Throughput(Callback):
         """Of this step."""
         tokens = result.batch * trainer.config.data.sequence_length
         per_device = tokens / result.seconds / trainer.context.world_size
-        flops = TRAINING_PASSES * self.cost.flops * per_device
+        cost = self.costs[trainer.data.lengths.at(result.step)]
+        flops = TRAINING_PASSES * cost.flops * per_device
         result.metrics |= {
             "seconds": result.seconds,
             "tokens_per_second": tokens / result.seconds,
             "model_flops_per_second": flops,
-            "model_flops_per_second_megatron": TRAINING_PASSES * self.cost.flops_megatron * per_device,
+            "model_flops_per_second_megatron": TRAINING_PASSES * cost.flops_megatron * per_device,
             "mfu": flops / self.peak if self.peak else None,
         }
         if self.bytes_per_token:
