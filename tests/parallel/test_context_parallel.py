@@ -6,10 +6,17 @@ from functools import partial
 import pytest
 import torch
 from forked import run_world
+from layouts import run_config
 from torch import distributed as dist
 
+from nemohybrid.errors import ConfigError, DataError
+from nemohybrid.generate.engine import generate_tokens
+from nemohybrid.generate.sampling import Sampling
+from nemohybrid.model.hybrid import HybridModel
+from nemohybrid.model.layer import Layer
+from nemohybrid.model.mlp import MLP
 from nemohybrid.model.sequence import SequenceContext, segment_numbers
-from nemohybrid.parallel.context import Group
+from nemohybrid.parallel.context import Group, ParallelContext
 from nemohybrid.parallel.context_parallel.attention import attend_by_heads
 from nemohybrid.parallel.context_parallel.borders import borders, whole_rows
 from nemohybrid.parallel.context_parallel.heads import by_rank, to_heads, to_tokens
@@ -248,6 +255,30 @@ def test_targets_of_drafts_are_those_of_the_whole_row(ranks, eod, tmp_path):
             same(labels * mask.long(), own(torch.nn.functional.pad(all_labels, (0, full - 22)) * pad.long(), group))
 
     on_ranks(ranks, tmp_path, check)
+
+
+def test_context_ranks_generate_what_one_rank_generates(tmp_path):
+    """Whole rows on each; and what describes other rows than the model has is refused."""
+    config = run_config().model
+    prompt = torch.arange(1, 12)[None]
+    want = generate_tokens(HybridModel.create(config, seed=1), prompt.tolist(), 8, Sampling(temperature=0.0))
+
+    def check(group):
+        context = ParallelContext(torch.device("cpu"), group.rank, 2, data=group, context=group)
+        model = HybridModel.create(config, seed=1, context=context)
+        assert generate_tokens(model, prompt.tolist(), 8, Sampling(temperature=0.0)) == want
+        with pytest.raises(DataError, match="2 ranks share the rows of this model"):
+            model.hidden_states(prompt, SequenceContext(1, 11))
+        with pytest.raises(DataError, match="drafts are cut off"):
+            model.forward_mtp(prompt)
+
+    on_ranks(2, tmp_path, check)
+
+
+def test_a_layer_that_does_not_know_shared_rows_is_refused(monkeypatch):
+    monkeypatch.setattr(MLP, "shares_rows", False)
+    with pytest.raises(ConfigError, match=r"MLP of '-' does not know rows that ranks share"):
+        Layer("-", run_config().model, ParallelContext(torch.device("cpu"), context=Group(2)))
 
 
 def test_memory_of_a_rank_is_that_of_its_tokens(tmp_path):

@@ -196,7 +196,7 @@ class HybridModel(nn.Module):
         if (seq.batch, seq.length) != (batch, length):
             described = [seq.batch, seq.length]
             raise DataError(f"input_ids are {[batch, length]}, but the sequence context describes {described}")
-        if seq.context.size != self.context.context.size:
+        if seq.cache is None and seq.context.size != self.context.context.size:  # each rank generates whole rows
             shared = f"{self.context.context.size} ranks share the rows of this model"
             raise DataError(f"{shared}, but the sequence context describes {seq.context.size}")
         seq.ranks = self.tensor_ranks(seq)
@@ -211,8 +211,10 @@ class HybridModel(nn.Module):
         """input_ids [B, L] -> for each MTP depth k = 0, 1, ... logits [B, L-1-k, vocab_size].
 
         Position t of depth k predicts token t + 2 + k, having seen those up to t + 1 + k. Empty without MTP; no position
-        where the row has none to predict.
+        where the row has none to predict. For whole rows: raises DataError where ranks share them.
         """
+        if self.context.context.size > 1:
+            raise DataError("drafts are cut off where a row ends, which one of the ranks that share it cannot know")
         batch, length = input_ids.shape
         seq = seq or self._plain(batch, length)
         hidden = self.mtp_hidden_states(self.hidden_states(input_ids, seq), input_ids, seq)
