@@ -162,4 +162,10 @@ class ClusterSection(Section):
 
     backend: str = option("auto", "collectives: nccl on GPUs, gloo on CPUs", choices=("auto", "nccl", "gloo"))
     timeout_minutes: float = option(10.0, "a collective that takes longer ends the run", minimum=0.01)
+    hang_seconds: float | None = option(
+        None,
+        "a job of which a rank has not moved for so long in a step ends with a report of who holds it up; empty: 0.4 of "
+        "timeout_minutes. First steps, evaluations and saves have 0.8 of timeout_minutes. 0: nobody watches",
+        minimum=0.0,
+    )
     peak_tflops: float | None = option(None, "dense peak of one device for MFU; empty: from its name", minimum=0.0)

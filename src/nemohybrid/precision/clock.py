@@ -7,7 +7,7 @@ from nemohybrid.precision.health import Health
 
 @dataclass
 class Clock:
-    """One for all layers of a model. Who trains it sets `step` and `microbatch`, and says when weights have changed.
+    """One for all layers of a model. Who trains it sets `step`, `stage` and `microbatch`, and says when weights have changed.
 
     seed: of the run; rank: this rank's number among those that draw.
     """
@@ -15,6 +15,7 @@ class Clock:
     seed: int = 0
     rank: int = 0
     step: int = 0
+    stage: int = 0  # of a pipeline, that was last begun
     microbatch: int = 0
     weights: int = 0  # how often they have changed
     watch: Health | None = None  # looks at what is quantized, in the steps that are sampled

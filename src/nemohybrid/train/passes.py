@@ -30,7 +30,7 @@ class Passes:
 
         def before_backward(number: int, microbatch: int, end: bool) -> None:
             modules = (unit.module for unit in self.model.sharding_units(self.stages[number]))
-            self.model.clock.microbatch = microbatch  # of which a pipeline has just sent others forward
+            self._begin(number, microbatch)  # a pipeline has just sent others forward
             shared.before_backward(modules, microbatch == len(self.batches) - 1, end)
 
         if self.model.precision is not None:
@@ -44,11 +44,14 @@ class Passes:
 
     def _numbered(self, forward: StageForward) -> Callable[[int, int, Tensor | None], Tensor]:
         def numbered(number: int, microbatch: int, x: Tensor | None) -> Tensor:
-            self.model.clock.microbatch = microbatch
+            self._begin(number, microbatch)
             with self.model.precision.region() if self.model.precision else nullcontext():
                 return forward(self.stages[number], microbatch, x)
 
         return numbered
+
+    def _begin(self, number: int, microbatch: int) -> None:
+        self.model.clock.stage, self.model.clock.microbatch = number, microbatch
 
     def _shape(self, microbatch: int) -> tuple[int, ...]:
         """This rank's tokens of the residual stream."""

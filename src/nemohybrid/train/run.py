@@ -24,6 +24,7 @@ from nemohybrid.train.process import allow_many_files, keep_freed_memory
 from nemohybrid.train.random_streams import RandomStreams
 from nemohybrid.train.signals import StopSignals, name_of
 from nemohybrid.train.trainer import Trainer, use_threads
+from nemohybrid.train.watch.watching import watched
 from nemohybrid_kernels.backend import lines_of
 
 
@@ -51,11 +52,12 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
         allow_many_files()
         RandomStreams(context, config.run.seed).start()
         folder = Path(config.run.dir)
-        with only_job_in(folder) as notes:
+        signals = signals or StopSignals()
+        with only_job_in(folder) as notes, watched(config, context, signals) as activity:
             warnings = World().together(lambda: check_fits(config, context))
             say(context, *notes, _introduction(config, context), *shown_cut(config, context))
             say(context, *warnings, *_for_benchmarks_only(config))
-            trainer = Trainer(config, context, standard(config, context.is_main))
+            trainer = Trainer(config, context, standard(config, context.is_main), activity)
             precision = Resolved(config, context.device)
             say(context, *lines_of(trainer.model.kernels), *precision.lines)
             say(context, *_describe_data(trainer), *trainer.resume())
@@ -64,7 +66,7 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
     return trainer
 
 
-def _train(trainer: Trainer, precision: Resolved, folder: Path, signals: StopSignals | None) -> None:
+def _train(trainer: Trainer, precision: Resolved, folder: Path, signals: StopSignals) -> None:
     context = trainer.context
     if context.is_main:  # only now: a refused resume must not change what the folder says about itself
         (folder / "config.yaml").write_text(config_yaml(trainer.config))

@@ -36,6 +36,8 @@ from nemohybrid.train.schedule import learning_rate
 from nemohybrid.train.signals import StopSignals
 from nemohybrid.train.state import model_tensors, run_tensors
 from nemohybrid.train.step import StepResult, compute_gradients, mtp_metrics, update, weights_changed
+from nemohybrid.train.watch import activity as doing
+from nemohybrid.train.watch.activity import Activity
 
 if TYPE_CHECKING:
     from nemohybrid.train.callbacks.base import Callback
@@ -48,15 +50,24 @@ NOT_FINITE = 1 << 16
 class Trainer:
     """Builds everything a configuration describes, and runs it.
 
-    `step` counts finished steps; `stopped_by` is the signal that ended `fit` before its last step, 0 for none.
+    `step` counts finished steps; `stopped_by` is the signal that ended `fit` before its last step, 0 for none. What it does
+    at the moment, it says in `activity`.
     """
 
-    def __init__(self, config: RunConfig, context: ParallelContext, callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        callbacks: Sequence[Callback],
+        activity: Activity | None = None,
+    ) -> None:
         self.config, self.context, self.callbacks = config, context, callbacks
+        self.activity = activity or Activity()
         self.plan = BatchPlan(config.train, config.data.sequence_length)
         self.data = RunData(config, context)
         self.model, self.shared = build_model(config, context)
         assert self.model.precision is not None, "a model that is built has its products"
+        self.activity.clock = self.model.clock
         self.precision, self.parameters = self.model.precision, self.shared.parameters
         self.optimizer = build_optimizer(self.parameters.values(), config.optim)
         self.balance = LoadBalance(self.model, context)
@@ -94,7 +105,9 @@ class Trainer:
                     self.evaluate()
                 while not (self.is_complete or self.stopped_by):
                     self._tell("on_step_start", self)
-                    self._tell("on_step_end", self, self.train_step())
+                    result = self.train_step()
+                    self.activity.enter(doing.CALLBACKS)
+                    self._tell("on_step_end", self, result)
             if not self.stopped_by:
                 self._tell("on_run_end", self)
 
@@ -123,19 +136,24 @@ class Trainer:
     def train_step(self) -> StepResult:
         """The next optimizer step. Raises TrainingError, with nothing changed, when loss or gradient is not finite."""
         started, step = time.perf_counter(), self.step + 1
+        self.activity.begin_step(step)
         self._tell_precision(step)
         lr = learning_rate(self.config, self.plan, step)
         set_learning_rate(self.optimizer, lr)
         batch = self.data.batch(step)
+        self.activity.enter(doing.PASSES)
         losses = compute_gradients(self.model, batch, self.microbatch_at(step), self.context, self.shared)
+        self.activity.enter(doing.NORM)
         norm = gradient_norm(self.parameters.values(), self.context)
         numbers = torch.cat([norm.float().view(1), losses, self.balance.collect()])
         grad_norm, mean_loss, *others = numbers.tolist()  # the step waits for the device only here
+        self.activity.enter(doing.AGREEMENT)
         finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
         # One agreement a step, of which a failure is the most urgent: a rank whose device fails may be the only one to see it.
         verdict = largest(self.signals.received if finite else NOT_FINITE, self.context)
         if verdict == NOT_FINITE:
             raise TrainingError(f"step {step}: {self._not_finite(batch, mean_loss, grad_norm)}")
+        self.activity.enter(doing.UPDATE)
         update(self.parameters.values(), self.optimizer, self.config.optim.clip_grad_norm, norm)
         weights_changed(self.model)
         self.balance.update_bias()
@@ -169,9 +187,9 @@ class Trainer:
         None where a signal came first: the step is saved at once, since scoring may take longer than the time that is left,
         and the same command scores it when it goes on.
         """
-        evaluation = evaluate(
-            self.model, self.data, self.microbatch, self.step, self._may_go_on, self.config.train.evaluate_positions
-        )
+        by_position = self.config.train.evaluate_positions
+        with self.activity.during(doing.EVALUATING):
+            evaluation = evaluate(self.model, self.data, self.microbatch, self.step, self._may_go_on, by_position)
         self.shared.release()
         self.model.clock.weights_changed()  # what looks at the next step sees its weights being quantized, too
         if evaluation is not None:
@@ -193,7 +211,8 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment, once, and tell the callbacks."""
         if self.last_saved is None or self.last_saved[0] != self.step:
-            path = self.checkpoints.save(self.step, self._tensors())
+            with self.activity.during(doing.SAVING):
+                path = self.checkpoints.save(self.step, self._tensors())
             self.last_saved = self.step, path
             self._tell("on_checkpoint", self, path)
         return self.last_saved[1]

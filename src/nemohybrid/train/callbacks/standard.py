@@ -14,6 +14,7 @@ from nemohybrid.train.callbacks.position_loss import PositionPicture
 from nemohybrid.train.callbacks.precision_health import PrecisionHealth
 from nemohybrid.train.callbacks.progress import Progress
 from nemohybrid.train.callbacks.samples import Samples
+from nemohybrid.train.callbacks.stragglers import Stragglers
 from nemohybrid.train.callbacks.tensorboard import TensorBoard
 from nemohybrid.train.callbacks.throughput import Throughput
 from nemohybrid.train.callbacks.wandb import WandB
@@ -26,6 +27,8 @@ def standard(config: RunConfig, is_main: bool) -> list[Callback]:
         measure.append(MeasureOutputNorms(config.logging.output_norms))
     if config.logging.precision_every and is_main:
         measure.append(PrecisionHealth(config.logging.precision_every))
+    if is_main:
+        measure.append(Stragglers())
     return measure + (_writers(config) if is_main else []) + _actors(config)
 
 

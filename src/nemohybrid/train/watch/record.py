@@ -1,0 +1,89 @@
+"""What ranks tell each other of themselves: a beat every few seconds, and a few last words when the job hangs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nemohybrid.train.watch.sight import Place
+
+DONE = "done"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life. started: when the process began; still: seconds since its main thread moved; patient: what it does may
+    take long.
+
+    left: empty while the rank runs, `DONE`, or why it ended. busy: seconds of its steps in which the main thread waited
+    for nobody; steps: the number of these steps.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    started: float = 0.0
+    count: int = 0
+    step: int = 0
+    phase: str = ""
+    still: float = 0.0
+    patient: bool = True
+    left: str = ""
+    busy: float = 0.0
+    steps: int = 0
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Beat:
+        """What `text` wrote."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Entered:
+    """How many collectives of a group a rank has entered; ranks: who is in the group."""
+
+    ranks: tuple[int, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class LastWords:
+    """Where a rank stands when the alarm was given.
+
+    waits_in: the collective it waits in, `sight.DEVICE`, or nothing; places: lines of ours, innermost first;
+    groups: name of a process group -> what it has entered of it; neighbours: rank on the same host -> what the system says
+    of its process.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    stage: int
+    microbatch: int
+    still: float
+    waits_in: str
+    places: tuple[Place, ...]
+    innermost: Place
+    groups: dict[str, Entered] = field(default_factory=dict)
+    neighbours: dict[int, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> LastWords:
+        """What `text` wrote."""
+        told: dict[str, Any] = json.loads(text)
+        told["places"] = tuple(Place(**place) for place in told["places"])
+        told["innermost"] = Place(**told["innermost"])
+        told["groups"] = {name: Entered(tuple(e["ranks"]), e["count"]) for name, e in told["groups"].items()}
+        told["neighbours"] = {int(rank): state for rank, state in told["neighbours"].items()}
+        return cls(**{f.name: told[f.name] for f in fields(cls)})
