@@ -66,22 +66,24 @@ def _in_no_collective(facts: Facts) -> dict[int, str]:
 
 
 def _out_of_step(facts: Facts) -> dict[int, str]:
-    """Ranks that have entered another number of collectives than most of a group, or fewer where there is no majority;
-    of these, those that are out of step in every group they are uneven in: the others only wait for them.
+    """Where most ranks of some group have entered as many collectives, those that have not. Elsewhere those that have
+    entered fewer, but for those that have entered more in another group: they only wait there.
     """
+    uneven = _uneven(facts)
+    clear = {group: counts for group, counts in uneven.items() if _majority(counts) is not None}
     odd, fine = dict[int, str](), set[int]()
-    for (name, members), counts in _uneven(facts).items():
-        usual = _usual(list(counts.values()))
+    for (name, members), counts in (clear or uneven).items():
+        usual = _majority(counts) or max(counts.values())
         fine |= {rank for rank, count in counts.items() if count == usual}
         told = f"collectives of the {name} group of {ranks(members)}, others {usual}"
         odd |= {rank: f"it has entered {count} {told}" for rank, count in counts.items() if count != usual}
     return {r: why for r, why in sorted(odd.items()) if r not in fine} or dict(sorted(odd.items()))
 
 
-def _usual(counts: list[int]) -> int:
-    """What more than half have, or the most that one has."""
-    count, how_often = Counter(counts).most_common(1)[0]
-    return count if 2 * how_often > len(counts) else max(counts)
+def _majority(counts: Mapping[int, int]) -> int | None:
+    """What more than half of the ranks have."""
+    count, how_often = Counter(counts.values()).most_common(1)[0]
+    return count if 2 * how_often > len(counts) else None
 
 
 def _uneven(facts: Facts) -> dict[tuple[str, tuple[int, ...]], dict[int, int]]:
@@ -114,6 +116,11 @@ def report(facts: Facts) -> str:
     if uneven := _uneven(facts):
         lines += ["", "Groups whose ranks have entered different numbers of collectives", *_groups(uneven)]
     return "\n".join([*lines, "", "The same command goes on from the newest checkpoint."])
+
+
+def alone(why: str, words: LastWords) -> str:
+    """What a rank can tell that hears of no other."""
+    return "\n".join([f"this job ends: {why}", "", f"Rank {words.rank} itself", *_crowd([words])])
 
 
 def _suspect(facts: Facts, rank: int, why: str) -> list[str]:

@@ -6,17 +6,24 @@ import linecache
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from traceback import walk_tb
 from types import CodeType, FrameType
 
 OURS = "nemohybrid"
 DEVICE = "its device"
 """What a host waits for that has launched all and now wants a number."""
 _C10D = "torch.distributed.distributed_c10d"
-_PLUMBING = ("torch._ops", "torch.distributed.c10d_logger", "torch.utils._contextlib")
-"""Modules whose frames lie between a collective and who called it."""
+_PLUMBING = (
+    "torch._ops",
+    "torch._library",
+    "torch._dynamo",
+    "torch.distributed.c10d_logger",
+    "torch.utils._contextlib",
+)
+"""Modules, and packages, whose frames lie between a collective and who called it."""
 _TALKS = ("torch.distributed", "nemohybrid.parallel")
 _COLLECTIVE = re.compile(r"\b(all_gather\w*|all_reduce\w*|reduce_scatter\w*|all_to_all\w*|broadcast|barrier)\b")
 _WAIT = re.compile(r"\b(wait|wait_tensor)\(")
@@ -59,20 +66,25 @@ def frame_of(main: int) -> FrameType | None:
     return next((other for ident, other in frames.items() if ident not in known), frame)
 
 
-def look(frame: FrameType) -> Sight:
-    """At a thread that stands in `frame`, which may go on meanwhile."""
-    stack = list(_outward(frame))
-    ours = [place_of(f) for f in stack if is_ours(f)][:_LINES_OF_OURS]
-    return Sight(waits_in(frame), tuple(ours), place_of(frame))
+def look(stack: Sequence[FrameType]) -> Sight:
+    """At a thread, which may go on meanwhile. stack: its frames, innermost first."""
+    ours = [place_of(frame) for frame in stack if is_ours(frame)][:_LINES_OF_OURS]
+    return Sight(waits_in(stack), tuple(ours), place_of(stack[0]))
 
 
-def waits_in(frame: FrameType) -> str:
+def where_raised(error: BaseException) -> Sight | None:
+    """At a thread in the moment in which it raised `error`."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return look(frames[::-1]) if frames else None
+
+
+def waits_in(stack: Sequence[FrameType]) -> str:
     """The collective in which a thread waits, as its caller names it; `DEVICE`; or an empty string.
 
     Decided by the innermost frame that is no plumbing: functions of torch.distributed name themselves, of other lines the
     text tells.
     """
-    inner = [f for f in _outward(frame) if module_of(f) not in _PLUMBING]
+    inner = [frame for frame in stack if not module_of(frame).startswith(_PLUMBING)]
     if not inner:
         return ""
     module, text = module_of(inner[0]), text_of(inner[0])
@@ -96,13 +108,13 @@ class Glances:
         """Whether a thread that stands in `frame` waits for others, or for its device."""
         key = tuple((f.f_code, f.f_lasti) for f in _down_to_ours(frame))
         if key not in self.known:
-            self.known[key] = bool(waits_in(frame))
+            self.known[key] = bool(waits_in(stack_of(frame)))
         return self.known[key]
 
 
 def signature(frame: FrameType) -> int:
     """Changes when a thread moves: where it stands in every function of its stack."""
-    return hash(tuple((id(f.f_code), f.f_lasti) for f in _outward(frame)))
+    return hash(tuple((id(f.f_code), f.f_lasti) for f in stack_of(frame)))
 
 
 def place_of(frame: FrameType) -> Place:
@@ -133,14 +145,17 @@ def _positions(frame: FrameType) -> tuple[int, int, int | None, int | None]:
     return first, last, begin, end
 
 
-def _outward(frame: FrameType | None) -> Iterator[FrameType]:
+def stack_of(frame: FrameType | None) -> list[FrameType]:
+    """A frame and those that called it, outward."""
+    found = []
     while frame is not None:
-        yield frame
+        found.append(frame)
         frame = frame.f_back
+    return found
 
 
 def _down_to_ours(frame: FrameType) -> Iterator[FrameType]:
-    for f in _outward(frame):
+    for f in stack_of(frame):
         yield f
         if is_ours(f):
             return

@@ -16,11 +16,11 @@ from types import FrameType
 
 from nemohybrid.train.watch.activity import Activity
 from nemohybrid.train.watch.board import Board
-from nemohybrid.train.watch.diagnosis import Facts, report
+from nemohybrid.train.watch.diagnosis import Facts, alone, report
 from nemohybrid.train.watch.judge import Limits, alarm
 from nemohybrid.train.watch.processes import GONE, kill, leave_nothing, started_at, state_of
 from nemohybrid.train.watch.record import Beat, Entered, LastWords
-from nemohybrid.train.watch.sight import Glances, frame_of, look, signature
+from nemohybrid.train.watch.sight import Glances, Sight, frame_of, look, signature, stack_of
 from nemohybrid.train.watch.straggler import Stragglers
 
 HUNG = 69
@@ -32,6 +32,7 @@ REPORT = "hang.txt"
 _ALARM, _BEAT, _WORDS, _REPORTER, _REPORT = "alarm", "beat", "words", "reporter", "report"
 _COLLECT_BEATS = 3
 _COLLECT_S = 2.0
+REPORT_WAIT_S = 60.0
 _REST_S = 1.0
 """After the report: time for the others to read who is to be killed, before the store may go with its host."""
 
@@ -40,7 +41,7 @@ class Watchdog(threading.Thread):
     """groups: name -> handle and ranks of the process groups of this rank; peers: as `Stragglers` has them; folder: where
     the report goes; locals: the ranks of this host.
 
-    Only `raise_alarm`, `close` and the attribute `reported` are for other threads.
+    Only `lost_peers` and `close` are for other threads.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Watchdog(threading.Thread):
         self.glances = Glances()
         self.closing, self.wanted, self.reported = threading.Event(), threading.Event(), threading.Event()
         self.why = ""
+        self.raised_at: Sight | None = None
+        self.is_ending = False
         self.is_leaving = False  # the main thread has an error of its own, and ends the process with it
         self.position, self.moved = (0, 0, 0, 0), time.monotonic()
         self.heard: dict[int, tuple[Beat, float]] = {}  # rank -> its last beat, and when that came
@@ -83,10 +86,17 @@ class Watchdog(threading.Thread):
                     self._end(why)
                     return
 
-    def raise_alarm(self, why: str) -> None:
-        """The main thread has lost its peers: find out why, and tell. It then has an error of its own to end with."""
-        self.why, self.is_leaving = why, True
-        self.wanted.set()
+    def lost_peers(self, why: str, raised_at: Sight | None) -> None:
+        """Called by a main thread that has lost its peers there; returns when it is known why, and told.
+
+        It then has an error of its own to end with, unless the watch was about to end the process: then it never returns.
+        """
+        if not self.is_ending:
+            self.why, self.raised_at, self.is_leaving = why, raised_at, True
+            self.wanted.set()
+        self.reported.wait(REPORT_WAIT_S)
+        if not self.is_leaving:
+            self.join(REPORT_WAIT_S)
 
     def close(self, left: str) -> None:
         """The rank ends, with an error or `DONE`. Nobody watches it any more."""
@@ -165,14 +175,13 @@ class Watchdog(threading.Thread):
 
     def _end(self, why: str) -> None:
         """Last words, the report, and the end of this process within a bounded time, whatever the store does."""
+        self.is_ending = True
         threading.Thread(target=self._end_for_sure, daemon=True).start()
         stuck: dict[int, Beat] = {}
         try:
             stuck = self._say_last_words(why)
         except RuntimeError as error:  # the store is gone: everybody tells what he knows
-            self._publish(
-                report(Facts(f"{why} ({error})", self.size, {self.rank: self.own}, {self.rank: self._last_words()}))
-            )
+            self._publish(alone(f"{why} ({error})", self._last_words()))
         self.reported.set()
         for beat in stuck.values():
             if beat.host == self.own.host:
@@ -234,8 +243,8 @@ class Watchdog(threading.Thread):
             file.write(f"{stamp}: {text}\n\n")
 
     def _last_words(self) -> LastWords:
-        frame, activity, own = self._frame(), self.activity, self.own
-        sight = look(frame or sys._getframe())
+        activity, own = self.activity, self.own
+        sight = self.raised_at or look(stack_of(self._frame() or sys._getframe()))
         _, stage, microbatch = activity.position
         still, groups = time.monotonic() - self.moved, self._entered()
         neighbours = {rank: state_of(beat.pid) for rank, beat in self._neighbours().items()}

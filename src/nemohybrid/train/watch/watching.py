@@ -17,11 +17,11 @@ from nemohybrid.train.watch.activity import Activity
 from nemohybrid.train.watch.board import Board
 from nemohybrid.train.watch.judge import Limits
 from nemohybrid.train.watch.record import DONE
+from nemohybrid.train.watch.sight import where_raised
 from nemohybrid.train.watch.watchdog import Watchdog
 
 SHARE_OF_TIMEOUT = 0.8
 """How much of a collective's timeout may pass before the watch ends a job, which says more than the timeout does."""
-REPORT_WAIT_S = 60.0
 
 
 @contextmanager
@@ -44,8 +44,7 @@ def watched(config: RunConfig, context: ParallelContext, signals: StopSignals) -
         left = f"{type(error).__name__}: {error}"
         if isinstance(error, RuntimeError) and lost_a_peer(error):
             with signals.deferred():  # whoever started the job may end the other ranks of it
-                watchdog.raise_alarm(f"rank {context.rank} lost its peers: {error}")
-                watchdog.reported.wait(REPORT_WAIT_S)
+                watchdog.lost_peers(f"rank {context.rank} lost its peers", where_raised(error))
         raise
     finally:
         watchdog.close(left)
