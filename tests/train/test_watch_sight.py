@@ -1,116 +1,111 @@
 """What the watch sees of a thread: its line, its expression, and the collective it waits in."""
 
-import sys
+import linecache
 import threading
 import time
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import psutil
 import pytest
 import torch
+import torch._dynamo  # before ranks are forked: each would spend seconds on it
 import torch.distributed as dist
 from forked import run_world
 
 from nemohybrid.parallel import collectives
 from nemohybrid.parallel.context import Group, ParallelContext
+from nemohybrid.train.watch import sight
 from nemohybrid.train.watch.processes import GONE, RUNS, STOPPED, kill, started_at, state_of
-from nemohybrid.train.watch.sight import DEVICE, Glances, frame_of, look, signature, stack_of, waits_in, where_raised
+from nemohybrid.train.watch.sight import DEVICE, Glances, Stacks, look, parsed, waits_in, where_raised
+
+ROOT = sight._ROOTS[0]
 
 
-class Elsewhere(threading.Thread):
-    """A thread that runs `action`, to be looked at."""
-
-    def __init__(self, action: Callable[[], object]) -> None:
-        super().__init__(daemon=True)
-        self.action = action
-
-    def run(self) -> None:
-        self.action()
-
-    def frame(self, seconds: float = 0.3) -> FrameType:
-        self.start()
-        time.sleep(seconds)
-        return sys._current_frames()[self.ident]
+def standing(*lines: tuple[str, str, str]) -> sight.Stack:
+    """(file below the root, function, text of its line), innermost first, as the stack of a thread."""
+    for file, _, text in lines:
+        linecache.cache[f"{ROOT}{file}"] = len(text), None, [f"{text}\n"], f"{ROOT}{file}"
+    return tuple((f"{ROOT}{file}", 1, function) for file, function, _ in lines)
 
 
-def module(name: str, source: str) -> dict:
-    """The names of a module that does not exist."""
-    import linecache
-
-    file = f"<{name}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    names = {"__name__": name}
-    exec(compile(source, file, "exec"), names)  # noqa: S102 - a module for this test
-    return names
+@pytest.fixture(autouse=True)
+def real_files():
+    yield
+    linecache.clearcache()
 
 
-def stuck_in(name: str, expression: str) -> list[FrameType]:
-    """The stack of a thread that stands in `expression`, on a line of module `name`."""
-    blocked = threading.Event()
-    names = module(name, f"def stands():\n    return (1,\n        {expression})\n")
-    names |= {"x": Blocks(blocked), "dist": Blocks(blocked), "functional": Blocks(blocked)}
-    thread = Elsewhere(names["stands"])
-    frame = thread.frame(0.05)
-    stack = stack_of(frame)
-    blocked.set()
-    return [f for f in stack if f.f_globals["__name__"] == name]
-
-
-class Blocks:
-    """Every method of it waits."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __getattr__(self, _: str) -> Callable:
-        return lambda *_: self.event.wait(5)
+CALLER = ("nemohybrid/train/step.py", "compute_gradients", "counts = sum_over(target_counts(batch), context.data)")
 
 
 @pytest.mark.parametrize(
-    "name, expression, found",
+    "lines, found",
     [
-        ("nemohybrid.parallel.collectives", "dist.all_reduce(0)", "all_reduce"),
-        ("nemohybrid.parallel.collectives", "functional.wait_tensor(0)", "a collective"),
-        ("nemohybrid.parallel.pipeline", "x.work.wait()", "a transfer between ranks"),
-        ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "x.all_gather_work.wait()", "all_gather_work"),
-        ("nemohybrid.train.trainer", "x.tolist()", DEVICE),
-        ("nemohybrid.train.trainer", "x.batch(3)", ""),
-        ("somebody.else", "x.tolist()", ""),
-        ("somebody.else", "x.wait()", ""),
+        ([("nemohybrid/parallel/collectives.py", "sum_over", "dist.all_reduce(tensor)"), CALLER], "all_reduce"),
+        (
+            [("nemohybrid/parallel/collectives.py", "gathered", "functional.wait_tensor(coming)"), CALLER],
+            "a collective",
+        ),
+        ([("nemohybrid/parallel/pipeline.py", "_arrived", "tensor.work.wait()"), CALLER], "a transfer between ranks"),
+        ([("nemohybrid/train/trainer.py", "train_step", "numbers = numbers.tolist()")], DEVICE),
+        ([("nemohybrid/train/trainer.py", "train_step", "batch = self.data.batch(step)")], ""),
+        ([CALLER], ""),
+        ([("nemohybrid/model/layer.py", "forward", "return all_gather(x)"), CALLER], ""),
+        ([("nemohybrid/model/moe/x.py", "stuck", "x.wait()")], ""),
+        ([], ""),
     ],
 )
-def test_what_a_line_waits_in(name, expression, found):
-    if "work.wait" in expression:
-        expression = expression.replace("x.work", "x").replace("x.all_gather_work", "x")
-        found = found if name.endswith("pipeline") else "a collective"
-    assert waits_in(stuck_in(name, expression)) == found
+def test_what_a_line_waits_in(lines, found):
+    assert waits_in(standing(*lines)) == found
+    assert Glances().is_waiting(standing(*lines)) == bool(found)
 
 
-def test_a_place_is_the_expression_that_runs_and_not_the_statement():
-    place = look(stuck_in("nemohybrid.train.trainer", "x.batch(3)")).places[0]
-    assert str(place) == "nemohybrid/train/trainer.py:3 in stands: x.batch(3)"
+def test_a_function_of_torch_distributed_names_what_its_caller_asked_for(monkeypatch):
+    monkeypatch.setattr(sight, "_ROOTS", (ROOT,))
+    inner = ("torch/distributed/distributed_c10d.py", "all_gather", "work.wait()")
+    outer = ("torch/distributed/distributed_c10d.py", "all_gather_object", "all_gather(sizes)")
+    logger = ("torch/distributed/c10d_logger.py", "wrapper", "return func(*args)")
+    assert waits_in(standing(inner, logger, outer, logger, CALLER)) == "all_gather_object"
+    fsdp = ("torch/distributed/fsdp/_fsdp_collectives.py", "foreach_all_gather_copy_out", "work.wait()")
+    assert waits_in(standing(fsdp, CALLER)) == "a collective"
+    operator = ("torch/_ops.py", "__call__", "return self._op(*args)")
+    calls = ("nemohybrid/parallel/collectives.py", "gathered", "return functional.all_gather_into_tensor(x, 2)")
+    assert waits_in(standing(operator, calls, CALLER)) == "all_gather_into_tensor"
 
 
-def test_a_thread_that_stands_still_has_the_same_signature_and_one_that_moves_another():
-    still = Elsewhere(threading.Event().wait)
-    frame = still.frame(0.1)
-    assert signature(frame) == signature(sys._current_frames()[still.ident])
-    end = threading.Event()
+@pytest.fixture
+def stacks() -> Iterator[Stacks]:
+    with closing(Stacks()) as reader:
+        yield reader
 
-    def moves() -> None:
-        while not end.is_set():
-            time.sleep(0.001)
-            sum(range(50))
-            threading.Event().wait(0.001)
 
-    moving = Elsewhere(moves)
-    seen = {signature(moving.frame(0.1))}
-    for _ in range(40):
-        time.sleep(0.005)
-        seen.add(signature(sys._current_frames()[moving.ident]))
-    end.set()
-    assert len(seen) > 1
+def test_stacks_are_read_of_threads_that_run(stacks):
+    stop, main = threading.Event(), threading.get_ident()
+    thread = threading.Thread(target=stop.wait, daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    mine, seen = stacks.of(main), stacks.read()[thread.ident or 0]
+    assert [function for _, _, function in mine][:2] == ["read", "of"]
+    assert mine[2][2] == "test_stacks_are_read_of_threads_that_run"
+    assert "wait" in seen[0][2]
+    assert stacks.read()[thread.ident or 0] == seen, "it stands still"
+    stop.set()
+    thread.join()
+    assert thread.ident not in stacks.read()
+
+
+def test_while_a_gpu_runs_backward_its_thread_is_looked_at(monkeypatch, stacks):
+    lines = f'Thread 0x00000000000000ff (most recent call first):\n  File "{ROOT}x.py", line 3 in backward\n\n'
+    graph = f"{sight._ROOTS[-1]}torch/autograd/graph.py"
+    dump = (
+        f'{lines}Current thread 0x0001 (most recent call first):\n  File "{graph}", line 979 in _engine_run_backward\n'
+    )
+    monkeypatch.setattr(Stacks, "read", lambda _: parsed(dump))
+    assert stacks.of(1)[0][2] == "backward"
+    monkeypatch.setattr(Stacks, "read", lambda _: parsed(dump.replace("autograd/graph.py", "autograd/other.py")))
+    assert stacks.of(1)[0][2] == "_engine_run_backward"
+    assert stacks.of(77) == ()
+    assert look(()).places == ()
 
 
 def test_where_an_error_was_raised():
@@ -119,10 +114,9 @@ def test_where_an_error_was_raised():
 
     with pytest.raises(IndexError) as caught:
         fails()
-    sight = where_raised(caught.value)
-    assert sight is not None
-    assert str(sight.places[0]).startswith("nemohybrid/parallel/collectives.py:")
-    assert "in own_part: x.narrow(0, group.rank * rows, rows)" in str(sight.places[0])
+    place = str(where_raised(caught.value).places[0])
+    assert place.startswith("nemohybrid/parallel/collectives.py:")
+    assert place.endswith("in own_part: return x.narrow(0, group.rank * rows, rows)")
 
 
 def waits_for_the_other(rank: int, call: Callable[[], object], names: str) -> None:
@@ -130,16 +124,16 @@ def waits_for_the_other(rank: int, call: Callable[[], object], names: str) -> No
     seen = []
 
     def watch() -> None:
-        time.sleep(0.5)
-        stack = stack_of(frame_of(threading.main_thread().ident))
-        seen.append(
-            (waits_in(stack), Glances().is_waiting(stack[0]), dist.group.WORLD._get_sequence_number_for_group())
-        )
+        time.sleep(0.8)
+        with closing(Stacks()) as stacks:
+            stack = stacks.of(threading.main_thread().ident or 0)
+        seen.append((waits_in(stack), Glances().is_waiting(stack), dist.group.WORLD._get_sequence_number_for_group()))
 
+    dist.barrier()
     thread = threading.Thread(target=watch)
     thread.start()
     if rank == 1:
-        time.sleep(1)
+        time.sleep(1.6)
     call()
     thread.join()
     name, waiting, count = seen[0]
@@ -172,7 +166,7 @@ def test_what_the_system_says_of_a_process():
         kill(process.pid, started - 1)
         assert state_of(process.pid) == STOPPED, "another process that had the number before"
         kill(process.pid, started)
-        while state_of(process.pid) == STOPPED and time.monotonic() < deadline:
+        while state_of(process.pid) != GONE and time.monotonic() < deadline:
             time.sleep(0.01)
         assert state_of(process.pid) == GONE, "a zombie is gone, too"
     finally:

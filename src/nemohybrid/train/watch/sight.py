@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
+import faulthandler
 import linecache
 import re
-import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from traceback import walk_tb
-from types import CodeType, FrameType
+from pathlib import Path
+from traceback import extract_tb
 
-OURS = "nemohybrid"
+import torch
+
+import nemohybrid
+import nemohybrid_kernels
+
 DEVICE = "its device"
 """What a host waits for that has launched all and now wants a number."""
-_C10D = "torch.distributed.distributed_c10d"
+_ROOTS = tuple(f"{Path(package.__file__ or '').parents[1]}/" for package in (nemohybrid, nemohybrid_kernels, torch))
+_OURS = ("nemohybrid/", "nemohybrid_kernels/")
+_BACKWARD = "torch/autograd/graph.py"
+_C10D = "torch/distributed/distributed_c10d.py"
 _PLUMBING = (
-    "torch._ops",
-    "torch._library",
-    "torch._dynamo",
-    "torch.distributed.c10d_logger",
-    "torch.utils._contextlib",
+    "torch/_ops.py",
+    "torch/_library/",
+    "torch/_dynamo/",
+    "torch/distributed/c10d_logger.py",
+    "torch/utils/_context",
 )
-"""Modules, and packages, whose frames lie between a collective and who called it."""
-_TALKS = ("torch.distributed", "nemohybrid.parallel")
-_COLLECTIVE = re.compile(r"\b(all_gather\w*|all_reduce\w*|reduce_scatter\w*|all_to_all\w*|broadcast|barrier)\b")
+"""Files, and folders, whose functions lie between a collective and who called it."""
+_TALKS = ("torch/distributed/", "nemohybrid/parallel/")
+_COLLECTIVE = re.compile(r"\b(all_gather\w*|all_reduce\w*|reduce_scatter\w*|all_to_all\w*|broadcast|barrier)\(")
 _WAIT = re.compile(r"\b(wait|wait_tensor)\(")
 _OF_DEVICE = re.compile(r"\.(tolist|item|cpu|synchronize)\(")
+_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
+_LINE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 _LONGEST_TEXT = 110
 _LINES_OF_OURS = 6
 
 
 @dataclass(frozen=True)
 class Place:
-    """A line of a program, and the expression of it that runs."""
+    """A line of a program. Files of packages by their path below what holds the package."""
 
     file: str
     line: int
     function: str
-    text: str
+    text: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} in {self.function}{f': {self.text}' if self.text else ''}"
+
+
+Stack = tuple[tuple[str, int, str], ...]
+"""(file, line, function), innermost first."""
 
 
 @dataclass(frozen=True)
@@ -54,118 +68,113 @@ class Sight:
     innermost: Place
 
 
-def frame_of(main: int) -> FrameType | None:
-    """Where the main thread stands; while it waits for the backward pass on a GPU, where the thread of that stands, which
-    Python has not started and so does not know.
+class Stacks:
+    """Reads the stacks of the threads of this process.
+
+    By faulthandler, which follows them in one go: a thread that follows the frames of another in Python can be
+    interrupted while these vanish, and with the hooks of FSDP (torch 2.13, Python 3.11) that ended in a segmentation fault.
     """
-    frames = sys._current_frames()
-    frame = frames.get(main)
-    if frame is None or module_of(frame) != "torch.autograd.graph":
-        return frame
-    known = {thread.ident for thread in threading.enumerate()}
-    return next((other for ident, other in frames.items() if ident not in known), frame)
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is watched
+
+    def read(self) -> dict[int, Stack]:
+        """Thread -> its stack."""
+        self.file.seek(0)
+        self.file.truncate()
+        faulthandler.dump_traceback(self.file, all_threads=True)
+        self.file.seek(0)
+        return parsed(self.file.read().decode(errors="replace"))
+
+    def close(self) -> None:
+        """What was read stays."""
+        self.file.close()
+
+    def of(self, main: int) -> Stack:
+        """That of the main thread; while it waits for the backward pass on a GPU, that of the thread which runs it and
+        which Python has not started, and so does not know.
+        """
+        stacks = self.read()
+        own = stacks.get(main, ())
+        if not own or _short(own[0][0]) != _BACKWARD:
+            return own
+        known = {thread.ident for thread in threading.enumerate()}
+        return next((other for ident, other in stacks.items() if other and ident not in known), own)
 
 
-def look(stack: Sequence[FrameType]) -> Sight:
-    """At a thread, which may go on meanwhile. stack: its frames, innermost first."""
-    ours = [place_of(frame) for frame in stack if is_ours(frame)][:_LINES_OF_OURS]
-    return Sight(waits_in(stack), tuple(ours), place_of(stack[0]))
+def parsed(dump: str) -> dict[int, Stack]:
+    """What faulthandler has written: thread -> stack."""
+    stacks: dict[int, list[tuple[str, int, str]]] = {}
+    lines: list[tuple[str, int, str]] = []
+    for text in dump.splitlines():
+        if thread := _THREAD.match(text):
+            lines = stacks.setdefault(int(thread[1], 16), [])
+        elif line := _LINE.match(text):
+            lines.append((line[1], int(line[2]), line[3]))
+    return {ident: tuple(found) for ident, found in stacks.items()}
 
 
-def where_raised(error: BaseException) -> Sight | None:
+def look(stack: Stack) -> Sight:
+    """At a thread that stands there."""
+    ours = [place_of(entry) for entry in stack if _short(entry[0]).startswith(_OURS)][:_LINES_OF_OURS]
+    return Sight(waits_in(stack), tuple(ours), place_of(stack[0]) if stack else Place("?", 0, "?"))
+
+
+def where_raised(error: BaseException) -> Sight:
     """At a thread in the moment in which it raised `error`."""
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    return look(frames[::-1]) if frames else None
+    return look(tuple((f.filename, f.lineno or 0, f.name) for f in reversed(extract_tb(error.__traceback__))))
 
 
-def waits_in(stack: Sequence[FrameType]) -> str:
+def waits_in(stack: Stack) -> str:
     """The collective in which a thread waits, as its caller names it; `DEVICE`; or an empty string.
 
-    Decided by the innermost frame that is no plumbing: functions of torch.distributed name themselves, of other lines the
+    Decided by the innermost line that is no plumbing: functions of torch.distributed name themselves, of other lines the
     text tells.
     """
-    inner = [frame for frame in stack if not module_of(frame).startswith(_PLUMBING)]
+    inner = [place_of(entry) for entry in down_to_ours(stack)]
+    inner = [place for place in inner if not place.file.startswith(_PLUMBING)]
     if not inner:
         return ""
-    module, text = module_of(inner[0]), text_of(inner[0])
-    if module == _C10D:
-        return [f.f_code.co_name for f in takewhile(lambda f: module_of(f) == _C10D, inner)][-1]
-    if module.startswith(_TALKS):
+    file, text = inner[0].file, inner[0].text
+    if file == _C10D:
+        return [place.function for place in takewhile(lambda place: place.file == _C10D, inner)][-1]
+    if file.startswith(_TALKS):
         if named := _COLLECTIVE.search(text):
             return named[1]
         if _WAIT.search(text):
-            return "a transfer between ranks" if module.endswith("pipeline") else "a collective"
-    return DEVICE if is_ours(inner[0]) and _OF_DEVICE.search(text) else ""
+            return "a transfer between ranks" if file.endswith("pipeline.py") else "a collective"
+    return DEVICE if file.startswith(_OURS) and _OF_DEVICE.search(text) else ""
+
+
+def down_to_ours(stack: Stack) -> Sequence[tuple[str, int, str]]:
+    """From the innermost line to the first of ours."""
+    first = next((n for n, entry in enumerate(stack) if _short(entry[0]).startswith(_OURS)), len(stack))
+    return stack[: first + 1]
 
 
 class Glances:
-    """`waits_in`, many times a second: what was found at a place is remembered."""
+    """Whether a thread waits for others or for its device, asked often: what was found at a place is remembered."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[tuple[CodeType, int], ...], bool] = {}
+        self.known: dict[Sequence[tuple[str, int, str]], bool] = {}
 
-    def is_waiting(self, frame: FrameType) -> bool:
-        """Whether a thread that stands in `frame` waits for others, or for its device."""
-        key = tuple((f.f_code, f.f_lasti) for f in _down_to_ours(frame))
+    def is_waiting(self, stack: Stack) -> bool:
+        """Of a thread that stands there."""
+        key = down_to_ours(stack)
         if key not in self.known:
-            self.known[key] = bool(waits_in(stack_of(frame)))
+            self.known[key] = bool(waits_in(stack))
         return self.known[key]
 
 
-def signature(frame: FrameType) -> int:
-    """Changes when a thread moves: where it stands in every function of its stack."""
-    return hash(tuple((id(f.f_code), f.f_lasti) for f in stack_of(frame)))
+def place_of(entry: tuple[str, int, str]) -> Place:
+    """With the text of the line."""
+    file, line, function = entry
+    text = linecache.getline(file, line).strip()
+    return Place(
+        _short(file), line, function, text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 3] + "..."
+    )
 
 
-def place_of(frame: FrameType) -> Place:
-    """The line at which a frame stands; files of packages by their path below the package."""
-    module, code = module_of(frame), frame.f_code
-    file = module.replace(".", "/") + ".py" if "." in module else code.co_filename.rsplit("/", 1)[-1]
-    return Place(file, frame.f_lineno, code.co_name, text_of(frame))
-
-
-def text_of(frame: FrameType) -> str:
-    """The expression that a frame is computing, in one line; the whole line where Python does not know."""
-    first, last, begin, end = _positions(frame)
-    lines = [linecache.getline(frame.f_code.co_filename, n, frame.f_globals) for n in range(first, last + 1)]
-    if not all(lines):
-        return ""
-    if begin is not None and end is not None:
-        lines[-1] = lines[-1].encode()[:end].decode(errors="replace")
-        lines[0] = lines[0].encode()[begin:].decode(errors="replace")
-    text = " ".join(" ".join(lines).split())
-    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 3] + "..."
-
-
-def _positions(frame: FrameType) -> tuple[int, int, int | None, int | None]:
-    positions = list(frame.f_code.co_positions())
-    first, last, begin, end = positions[frame.f_lasti // 2] if 0 <= frame.f_lasti // 2 < len(positions) else [None] * 4
-    if first is None or last is None:
-        return frame.f_lineno, frame.f_lineno, None, None
-    return first, last, begin, end
-
-
-def stack_of(frame: FrameType | None) -> list[FrameType]:
-    """A frame and those that called it, outward."""
-    found = []
-    while frame is not None:
-        found.append(frame)
-        frame = frame.f_back
-    return found
-
-
-def _down_to_ours(frame: FrameType) -> Iterator[FrameType]:
-    for f in stack_of(frame):
-        yield f
-        if is_ours(f):
-            return
-
-
-def is_ours(frame: FrameType) -> bool:
-    """Whether it runs a line of this project."""
-    return module_of(frame).split(".", 1)[0].startswith(OURS)
-
-
-def module_of(frame: FrameType) -> str:
-    """Dotted name of the module of a frame."""
-    return frame.f_globals.get("__name__") or ""
+def _short(file: str) -> str:
+    root = next((root for root in _ROOTS if file.startswith(root)), "")
+    return file.removeprefix(root) if root else Path(file).name

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 from nemohybrid.train.watch.activity import Activity
 from nemohybrid.train.watch.board import Board
@@ -20,12 +18,14 @@ from nemohybrid.train.watch.diagnosis import Facts, alone, report
 from nemohybrid.train.watch.judge import Limits, alarm
 from nemohybrid.train.watch.processes import GONE, kill, leave_nothing, started_at, state_of
 from nemohybrid.train.watch.record import Beat, Entered, LastWords
-from nemohybrid.train.watch.sight import Glances, Sight, frame_of, look, signature, stack_of
+from nemohybrid.train.watch.sight import Glances, Sight, Stack, Stacks, look
 from nemohybrid.train.watch.straggler import Stragglers
 
 HUNG = 69
 """Exit status of a rank that the watch has ended (EX_UNAVAILABLE of sysexits.h)."""
-GLANCE_S = 0.05
+GLANCE_S = 0.5
+"""Between two looks at the stacks of this process, of a quarter of a millisecond each."""
+POLL_S = 0.05
 LONGEST_BEAT_S = 5.0
 BEATS_IN_A_LIMIT = 10
 REPORT = "hang.txt"
@@ -59,7 +59,7 @@ class Watchdog(threading.Thread):
         self.board, self.rank, self.activity, self.limits = board, rank, activity, limits
         self.folder, self.groups, self.locals = folder, groups, locals
         self.size = sum(map(len, peers))
-        self.main = threading.main_thread().ident
+        self.main, self.stacks = threading.main_thread().ident or 0, Stacks()
         self.beat_s = min(LONGEST_BEAT_S, limits.hang / BEATS_IN_A_LIMIT)
         self.own = Beat(rank, socket.gethostname(), os.getpid(), started_at())
         self.stragglers = Stragglers(peers)
@@ -69,14 +69,18 @@ class Watchdog(threading.Thread):
         self.raised_at: Sight | None = None
         self.is_ending = False
         self.is_leaving = False  # the main thread has an error of its own, and ends the process with it
-        self.position, self.moved = (0, 0, 0, 0), time.monotonic()
+        self.position, self.moved = ((0, 0, 0), Stack()), time.monotonic()
         self.heard: dict[int, tuple[Beat, float]] = {}  # rank -> its last beat, and when that came
         self.board.write(f"{_BEAT}/{rank}", self.own.text())
 
     def run(self) -> None:
         """Until `close`, or the end of the process."""
+        with closing(self.stacks):
+            self._watch()
+
+    def _watch(self) -> None:
         due = glanced = time.monotonic()
-        while not self.closing.wait(GLANCE_S):
+        while not self.closing.wait(min(GLANCE_S, self.beat_s)):
             now = time.monotonic()
             self._glance(now - glanced)
             glanced = now
@@ -108,13 +112,13 @@ class Watchdog(threading.Thread):
     def _glance(self, elapsed: float) -> None:
         """Whether the main thread waits, many times a second; the share of it is what it has waited."""
         activity = self.activity
-        if activity.is_patient or (frame := self._frame()) is None:
+        if activity.is_patient:
             return
-        waits = self.glances.is_waiting(frame)
+        waits = self.glances.is_waiting(self._stack())
         self.own = replace(self.own, busy=self.own.busy + (0.0 if waits else elapsed), steps=activity.steps)
 
-    def _frame(self) -> FrameType | None:
-        return frame_of(self.main) if self.main else None
+    def _stack(self) -> Stack:
+        return self.stacks.of(self.main)
 
     def _look_around(self, now: float) -> str:
         """Tell where this rank is, and listen. Returns why the job must end, if it must."""
@@ -131,8 +135,7 @@ class Watchdog(threading.Thread):
 
     def _still(self, now: float) -> float:
         """Seconds since the main thread moved: went on to another phase or microbatch, or stands elsewhere."""
-        frame = self._frame()
-        position = (*self.activity.position, 0 if frame is None else signature(frame))
+        position = self.activity.position, self._stack()
         if position != self.position:
             self.position, self.moved = position, now
         return now - self.moved
@@ -144,13 +147,16 @@ class Watchdog(threading.Thread):
         self.board.write(f"{_BEAT}/{self.rank}", self.own.text())
 
     def _judge(self, now: float) -> str:
-        """Rank 0 judges all, the others judge rank 0 and know when the process of their neighbour is gone."""
-        beats = self._listen(range(self.size) if self.rank == 0 else (0,), now)
+        """The first and the last rank, mostly on two hosts, judge all; the others judge the first, and everybody knows when
+        the process of its neighbour is gone.
+        """
+        is_judge = self.rank in (0, self.size - 1)
+        beats = self._listen(range(self.size) if is_judge else (0,), now)
         silent = {rank: now - self.heard[rank][1] for rank in beats}
         if self.rank == 0:
             self._compare(beats, now)
         patient = Limits(self.limits.patience, self.limits.patience)
-        return self._gone_neighbour(now) or alarm(beats, silent, self.limits if self.rank == 0 else patient)
+        return self._gone_neighbour(now) or alarm(beats, silent, self.limits if is_judge else patient)
 
     def _listen(self, ranks: Sequence[int], now: float) -> dict[int, Beat]:
         beats = {rank: Beat.read(text) for rank, text in self.board.of_ranks(_BEAT, ranks).items()}
@@ -216,7 +222,7 @@ class Watchdog(threading.Thread):
     def _wait_for(self, what: str, until: float) -> None:
         """Until all ranks have spoken, or the report is there, or the time has come."""
         while time.monotonic() < until and not self._is_there(what):
-            time.sleep(GLANCE_S)
+            time.sleep(POLL_S)
 
     def _is_there(self, what: str) -> bool:
         if what == _REPORT or self.rank != 0:  # in a large job not everybody counts everybody's words
@@ -244,7 +250,7 @@ class Watchdog(threading.Thread):
 
     def _last_words(self) -> LastWords:
         activity, own = self.activity, self.own
-        sight = self.raised_at or look(stack_of(self._frame() or sys._getframe()))
+        sight = self.raised_at or look(self._stack())
         _, stage, microbatch = activity.position
         still, groups = time.monotonic() - self.moved, self._entered()
         neighbours = {rank: state_of(beat.pid) for rank, beat in self._neighbours().items()}
