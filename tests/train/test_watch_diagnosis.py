@@ -197,13 +197,14 @@ def test_limits_lie_below_the_timeout_of_a_collective(configure, overrides, limi
     assert limits_of(configure(*overrides)) == limits
 
 
-def windows(speeds: Mapping[int, float], count: int, stragglers: Stragglers, start: int = 0) -> list:
-    """Slowest and lines of `count` windows of 10 steps; speeds: rank -> busy seconds a step."""
+def windows(speeds: Mapping[int, float], count: int, stragglers: Stragglers, step: float = 0.0) -> list:
+    """Slowest and lines of `count` windows of 10 steps of `step` seconds; speeds: rank -> busy seconds a step."""
     found = []
-    for n in range(start, start + count + 1):
-        beats = {r: beat(r, busy=n * 10 * s + start, steps=10 * n) for r, s in speeds.items()}
+    for n in range(count + 1):
+        seconds = 10 * n * (step or max(speeds.values()))
+        beats = {r: beat(r, busy=n * 10 * s, looked=seconds, steps=10 * n) for r, s in speeds.items()}
         found.append(stragglers.update(beats, n * (WINDOW_S + 1)))
-    return found[1:] if start == 0 else found
+    return found[1:]
 
 
 @given(st.integers(2, 9), st.data())
@@ -227,7 +228,7 @@ def test_one_slow_window_is_noise_and_a_rank_that_recovers_is_told():
     turns = [even, slow, slow, even, slow, slow, slow, even, even, even, even]
     for n, speeds in enumerate([even, *turns]):
         done = {rank: done[rank] + 10 * speeds[rank] for rank in done}
-        beats = {rank: beat(rank, busy=done[rank], steps=10 * n) for rank in done}
+        beats = {rank: beat(rank, busy=done[rank], looked=20.0 * n, steps=10 * n) for rank in done}
         lines.append(stragglers.update(beats, n * (WINDOW_S + 1))[1])
     assert [len(told) for told in lines] == [0] * 7 + [1, 0, 0, 1, 0]
     assert lines[7] == ["rank 2 on node-0 is 2.0x slower than the median of its peers, for 30 steps by now"]
@@ -244,12 +245,25 @@ def test_ranks_of_another_pipeline_stage_are_no_measure():
     assert windows({0: 1.0, 1: 9.0}, 6, Stragglers([[0], [1]]))[-1] == (None, [])
 
 
+def test_a_rank_that_mostly_waits_itself_holds_nobody_up():
+    speeds = {0: 1.0, 1: 1.0, 2: 2.0}
+    assert all(lines == [] for _, lines in windows(speeds, 6, Stragglers([range(3)]), step=4.1))
+    assert sum(len(lines) for _, lines in windows(speeds, 6, Stragglers([range(3)]), step=3.9)) == 1
+
+
+def test_peers_that_were_never_seen_to_compute_are_no_division_by_zero():
+    found = windows({0: 0.0, 1: 1.0}, WINDOWS, Stragglers([range(2)]))
+    assert found[-1][0] == Slowest(1, 100.0)
+    assert found[-1][1][0].startswith("rank 1 on node-0 is 100.0x slower")
+    assert windows({0: 0.0, 1: 0.0}, 1, Stragglers([range(2)]), step=1.0)[0] == (Slowest(0, 0.0), [])
+
+
 def test_a_window_has_some_seconds_and_some_steps():
     stragglers = Stragglers([range(2)])
     stragglers.update({r: beat(r) for r in range(2)}, 0.0)
     assert stragglers.update({r: beat(r, busy=9.0, steps=5) for r in range(2)}, WINDOW_S / 2) == (None, [])
-    assert stragglers.update({0: beat(0, busy=9.0, steps=1), 1: beat(1, busy=9.0, steps=5)}, 60.0) == (None, [])
-    assert stragglers.update({r: beat(r, busy=9.0, steps=5) for r in range(2)}, 61.0)[0] == Slowest(0, 1.0)
+    assert stragglers.update({0: beat(0, busy=9.0, steps=1), 1: beat(1, busy=9.0, steps=5)}, WINDOW_S) == (None, [])
+    assert stragglers.update({r: beat(r, busy=9.0, steps=5) for r in range(2)}, WINDOW_S + 1)[0] == Slowest(0, 1.0)
 
 
 @pytest.mark.parametrize(

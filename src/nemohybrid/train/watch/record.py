@@ -16,8 +16,8 @@ class Beat:
     """A sign of life. started: when the process began; still: seconds since its main thread moved; patient: what it does may
     take long.
 
-    left: empty while the rank runs, `DONE`, or why it ended. busy: seconds of its steps in which the main thread waited
-    for nobody; steps: the number of these steps.
+    left: empty while the rank runs, `DONE`, or why it ended. looked: seconds of its steps in which it was looked at;
+    busy: those of them in which the main thread waited for nobody; steps: begun by then.
     """
 
     rank: int
@@ -31,6 +31,7 @@ class Beat:
     patient: bool = True
     left: str = ""
     busy: float = 0.0
+    looked: float = 0.0
     steps: int = 0
 
     def text(self) -> str:

@@ -14,9 +14,15 @@ FAST_AGAIN = 1.15
 """and one that was named is, once it needs no more than this."""
 WINDOWS = 3
 """In so many windows one after the other: one alone may be noise."""
-WINDOW_S = 5.0
-"""Seconds of a window, at least: a hundred glances at a main thread, or more, say a share within a few per cent."""
+HOLDS_UP = 0.5
+"""A rank that itself waits for more than this share of its steps is not the one that others wait for."""
+WINDOW_S = 60.0
+"""Seconds of a window, at least: of a hundred glances at a main thread, two a second, the share of those in which it waits is
+known within 5 per cent, so that three windows one after the other are no chance, in a job of thousands of ranks either.
+"""
 FEWEST_STEPS = 2
+LARGEST = 100.0
+"""What is said of a rank whose peers were never seen to compute."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Stragglers:
                 return []
             del self.low[rank]
             return [f"rank {rank} on {beat.host} keeps up again"]
-        run = self.high[rank] = [*self.high.get(rank, []), steps] if ratio >= SLOW else []
+        is_slow = ratio >= SLOW and busy_share(self.begin[rank], beat) >= HOLDS_UP
+        run = self.high[rank] = [*self.high.get(rank, []), steps] if is_slow else []
         if len(run) < WINDOWS:
             return []
         self.low[rank], self.high[rank] = 0, []
@@ -68,19 +75,25 @@ class Stragglers:
         ]
 
 
+def busy_share(begin: Beat, end: Beat) -> float:
+    """Of the time of its steps in which a rank was looked at, the share in which it waited for nobody."""
+    looked = end.looked - begin.looked
+    return (end.busy - begin.busy) / looked if looked > 0 else 0.0
+
+
 def busy_per_step(begin: Mapping[int, Beat], end: Mapping[int, Beat]) -> dict[int, float]:
     """Rank -> seconds of a step in which it waited for nobody."""
     return {r: (beat.busy - begin[r].busy) / (beat.steps - begin[r].steps) for r, beat in end.items()}
 
 
 def ratios(busy: Mapping[int, float], peers: Sequence[Sequence[int]]) -> dict[int, float]:
-    """Rank -> its time over the median of the others that do the same work; without those that have no peers."""
+    """Rank -> its time over the median of the others that do the same work, up to `LARGEST`; not of ranks without peers."""
     found = {}
     for group in peers:
         ordered = sorted(busy[rank] for rank in group)
         for rank in group if len(group) > 1 else ():
-            if (middle := _median_without(ordered, busy[rank])) > 0:
-                found[rank] = busy[rank] / middle
+            own, middle = busy[rank], _median_without(ordered, busy[rank])
+            found[rank] = own / max(middle, own / LARGEST) if own > 0 else 0.0
     return found
 
 

@@ -115,7 +115,8 @@ class Watchdog(threading.Thread):
         if activity.is_patient:
             return
         waits = self.glances.is_waiting(self._stack())
-        self.own = replace(self.own, busy=self.own.busy + (0.0 if waits else elapsed), steps=activity.steps)
+        own, busy = self.own, 0.0 if waits else elapsed
+        self.own = replace(own, looked=own.looked + elapsed, busy=own.busy + busy, steps=activity.steps)
 
     def _stack(self) -> Stack:
         return self.stacks.of(self.main)
