@@ -43,7 +43,8 @@ class Node:
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.111.0.1:29411", "--rdzv-id", "two"]
         nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--local-addr", self.address]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, *rendezvous, "-m", "nemohybrid", "train"]
-        (self.folder / "hosts").write_text("".join(f"10.111.0.{n + 1} node{n}-{os.getpid()}\n" for n in range(2)))
+        known = ["127.0.0.1 localhost", *(f"10.111.0.{n + 1} node{n}-{os.getpid()}" for n in range(2))]
+        (self.folder / "hosts").write_text("\n".join(known))
         named = ["sh", "-c", f'hostname {self.name} && mount --bind hosts /etc/hosts && exec "$@"', "sh"]
         with self.log.open("ab") as log:
             self.launcher = subprocess.Popen(
