@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemohybrid.train.watch.activity import Activity
 from nemohybrid.train.watch.diagnosis import Facts, alone, report, suspects
 from nemohybrid.train.watch.judge import GRACE_S, Limits, alarm
 from nemohybrid.train.watch.processes import GONE, RUNS, STOPPED
 from nemohybrid.train.watch.record import DONE, Beat, Entered, LastWords
 from nemohybrid.train.watch.sight import DEVICE, Place
 from nemohybrid.train.watch.straggler import FAST_AGAIN, SLOW, WINDOW_S, WINDOWS, Slowest, Stragglers
+from nemohybrid.train.watch.watchdog import Watchdog
 from nemohybrid.train.watch.watching import limits_of
 from nemohybrid.train.watch.wording import ranks
 
@@ -271,3 +274,28 @@ def test_a_window_has_some_seconds_and_some_steps():
 )
 def test_lists_of_ranks_in_words(numbers, told):
     assert ranks(numbers) == told
+
+
+def test_a_process_is_only_looked_at_where_its_number_means_the_same():
+    """Else a rank in another container, or on another host, would be called dead."""
+
+    class Store:
+        def __init__(self) -> None:
+            self.texts = {}
+
+        def write(self, key: str, text: str) -> None:
+            self.texts[key] = text
+
+        def of_ranks(self, kind: str, numbers) -> dict[int, str]:
+            return {r: self.texts[f"{kind}/{r}"] for r in numbers if f"{kind}/{r}" in self.texts}
+
+    store, activity = Store(), Activity()
+    watchdog = Watchdog(store, 0, activity, LIMITS, Path(), {}, [range(2)], [0, 1])  # pyright: ignore[reportArgumentType]
+    watchdog.stacks.close()
+    nobody = 2**22 + 1  # above every process id
+    for pids, told in ((watchdog.own.pids, "is gone"), ("elsewhere pid:[1]", "")):
+        store.write("beat/1", beat(1, pid=nobody, pids=pids).text())
+        assert told in watchdog._gone_neighbour(0.0)
+        assert bool(watchdog._gone_neighbour(0.0)) == bool(told)
+    store.write("beat/1", beat(1, pid=nobody, pids=watchdog.own.pids, left=DONE).text())
+    assert watchdog._gone_neighbour(0.0) == ""

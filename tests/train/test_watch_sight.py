@@ -163,7 +163,7 @@ def test_what_the_system_says_of_a_process():
         while state_of(process.pid) == RUNS and time.monotonic() < deadline:
             time.sleep(0.01)
         assert state_of(process.pid) == STOPPED
-        kill(process.pid, started - 1)
+        kill(process.pid, started - 10)
         assert state_of(process.pid) == STOPPED, "another process that had the number before"
         kill(process.pid, started)
         while state_of(process.pid) != GONE and time.monotonic() < deadline:

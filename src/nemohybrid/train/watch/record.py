@@ -13,17 +13,19 @@ DONE = "done"
 
 @dataclass(frozen=True)
 class Beat:
-    """A sign of life. started: when the process began; still: seconds since its main thread moved; patient: what it does may
-    take long.
+    """A sign of life. started: when the process began; pids: the host and its space of process ids, of which containers may
+    have several: where it is the same, a rank can look at the other's process.
 
-    left: empty while the rank runs, `DONE`, or why it ended. looked: seconds of its steps in which it was looked at;
-    busy: those of them in which the main thread waited for nobody; steps: begun by then.
+    still: seconds since the main thread moved; patient: what it does may take long; left: empty while the rank runs, `DONE`,
+    or why it ended. looked: seconds of its steps in which it was looked at; busy: those of them in which the main thread
+    waited for nobody; steps: begun by then.
     """
 
     rank: int
     host: str
     pid: int
     started: float = 0.0
+    pids: str = ""
     count: int = 0
     step: int = 0
     phase: str = ""

@@ -16,7 +16,7 @@ from nemohybrid.train.watch.activity import Activity
 from nemohybrid.train.watch.board import Board
 from nemohybrid.train.watch.diagnosis import Facts, alone, report
 from nemohybrid.train.watch.judge import Limits, alarm
-from nemohybrid.train.watch.processes import GONE, kill, leave_nothing, started_at, state_of
+from nemohybrid.train.watch.processes import GONE, kill, leave_nothing, space_of_ids, started_at, state_of
 from nemohybrid.train.watch.record import Beat, Entered, LastWords
 from nemohybrid.train.watch.sight import Glances, Sight, Stack, Stacks, look
 from nemohybrid.train.watch.straggler import Stragglers
@@ -61,7 +61,7 @@ class Watchdog(threading.Thread):
         self.size = sum(map(len, peers))
         self.main, self.stacks = threading.main_thread().ident or 0, Stacks()
         self.beat_s = min(LONGEST_BEAT_S, limits.hang / BEATS_IN_A_LIMIT)
-        self.own = Beat(rank, socket.gethostname(), os.getpid(), started_at())
+        self.own = Beat(rank, socket.gethostname(), os.getpid(), started_at(), space_of_ids())
         self.stragglers = Stragglers(peers)
         self.glances = Glances()
         self.closing, self.wanted, self.reported = threading.Event(), threading.Event(), threading.Event()
@@ -170,7 +170,7 @@ class Watchdog(threading.Thread):
         at = self.locals.index(self.rank)
         neighbour = self.locals[(at + 1) % len(self.locals)]
         beat = self._listen((neighbour,), now).get(neighbour) if neighbour != self.rank else None
-        if beat is None or beat.left or state_of(beat.pid) != GONE:
+        if beat is None or beat.left or beat.pids != self.own.pids or state_of(beat.pid) != GONE:
             return ""
         beat = self._listen((neighbour,), now)[neighbour]  # it may just have said good-bye
         return "" if beat.left else f"the process {beat.pid} of rank {neighbour} on {beat.host} is gone"
@@ -191,7 +191,7 @@ class Watchdog(threading.Thread):
             self._publish(alone(f"{why} ({error})", self._last_words()))
         self.reported.set()
         for beat in stuck.values():
-            if beat.host == self.own.host:
+            if beat.pids == self.own.pids:
                 kill(beat.pid, beat.started)
         time.sleep(_REST_S)
         if not self.is_leaving:
@@ -232,7 +232,7 @@ class Watchdog(threading.Thread):
         return all(self._cannot_speak(beat) for beat in self._listen(sorted(silent), time.monotonic()).values())
 
     def _cannot_speak(self, beat: Beat) -> bool:
-        return bool(beat.left) or (beat.host == self.own.host and state_of(beat.pid) == GONE)
+        return bool(beat.left) or (beat.pids == self.own.pids and state_of(beat.pid) == GONE)
 
     def _report(self) -> None:
         everyone = range(self.size)
@@ -276,7 +276,7 @@ class Watchdog(threading.Thread):
             beats = self._listen([rank for rank in self.locals if rank != self.rank], time.monotonic())
         except RuntimeError:
             return {}
-        return {rank: beat for rank, beat in beats.items() if beat.host == self.own.host}
+        return {rank: beat for rank, beat in beats.items() if beat.pids == self.own.pids}
 
     def _entered(self) -> dict[str, Entered]:
         found = {}
