@@ -75,7 +75,13 @@ def _groups(context: ParallelContext) -> dict[str, tuple[dist.ProcessGroup, tupl
     """Name -> handle and members of the groups of this rank, each once."""
     experts = context.experts
     named: dict[str, Group] = {"world": context.world, "data": context.data, "tensor": context.tensor}
-    named |= {"shard": context.shard, "pipeline": context.pipeline, "onward": context.onward, "stage": context.stage}
+    named |= {
+        "context": context.context,
+        "shard": context.shard,
+        "pipeline": context.pipeline,
+        "onward": context.onward,
+        "stage": context.stage,
+    }
     named |= {"expert": experts.expert, "expert data": experts.data} if experts else {}
     found: dict[str, tuple[dist.ProcessGroup, tuple[int, ...]]] = {}
     for name, group in named.items():
