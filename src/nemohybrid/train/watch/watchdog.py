@@ -24,7 +24,7 @@ from nemohybrid.train.watch.straggler import Stragglers
 HUNG = 69
 """Exit status of a rank that the watch has ended (EX_UNAVAILABLE of sysexits.h)."""
 GLANCE_S = 0.5
-"""Between two looks at the stacks of this process, of a quarter of a millisecond each."""
+"""Between two looks at the stacks of this process, of half a millisecond each."""
 POLL_S = 0.05
 LONGEST_BEAT_S = 5.0
 BEATS_IN_A_LIMIT = 10
