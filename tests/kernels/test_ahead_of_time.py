@@ -65,6 +65,7 @@ def of_the_page(page):
     return f"Compiled by Triton {triton.__version__} " in page.PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a machine slower than the one this was measured on, with nothing kept
 def test_no_shipped_kernel_spills_or_outgrows_its_gpu_or_lost_its_tensor_cores(shipped, of_the_page):
     bad = [
@@ -76,6 +77,7 @@ def test_no_shipped_kernel_spills_or_outgrows_its_gpu_or_lost_its_tensor_cores(s
     assert not bad, "\n".join(bad)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_excuse_for_a_spill_is_still_needed(shipped, of_the_page):
     used = {tuple(row["excuse"]) for row in shipped if row.get("excused")}
@@ -84,6 +86,7 @@ def test_every_excuse_for_a_spill_is_still_needed(shipped, of_the_page):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_page_of_resources_is_up_to_date(shipped, page, of_the_page):
     """With another Triton than that of the page, only what does not depend on it is compared."""

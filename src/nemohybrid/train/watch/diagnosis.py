@@ -131,7 +131,8 @@ def _suspect(facts: Facts, rank: int, why: str) -> list[str]:
     if words:
         return [*lines, f"    {_doing(words)}", *_places(words)]
     if beat and not beat.left:
-        lines.append(f"    last heard of in step {beat.step}, {beat.phase}")
+        last = f"last heard of in step {beat.step}, {beat.phase}" if beat.phase else "not heard of since it began"
+        lines.append(f"    {last}")
     return lines
 
 
