@@ -120,8 +120,9 @@ python scripts/bench/layouts_page.py
 Each row is a configuration that every rule accepts on so many GPUs, `train.recompute=layer` and one sequence at a time. GiB: what
 the fullest pipeline rank is expected to take, **by count**; nothing here has run on so many GPUs. Rows: data ranks that have
 other rows of the batch. Steps of a rank: microbatches it adds up. An H100 has 80 GB, a B200 180 GB; what is above its GPU needs
-more ranks that cut weights or share matrices. The long-context phases (rows of 524,288 and 1,048,576 tokens) have the batch and
-the kind of layout that was published for them (docs/parallelism.md).
+more ranks that cut weights or share matrices. Of the long-context phases (rows of 524,288 and 1,048,576 tokens), lengths are the
+published ones, and so are the axes of Super (tensor 2, context 64, expert 64) and Ultra (8, 32, 128, pipeline 2); number of GPUs,
+the batch of Ultra and the axes of the others are ours.
 
 | `model=` | GPUs | layout | batch | rows | steps of a rank | GiB |
 |---|--:|---|--:|--:|--:|--:|

@@ -235,6 +235,11 @@ CASES = {
         ["nothing is evaluated", "train.evaluate_every=1 or more"],
         ["train.evaluate_positions=true", "train.evaluate_every=1"],
     ),
+    "method_of_context_ranks": (
+        ["parallel.context_method=ring+states"],
+        ["changes nothing with parallel.context=1", "parallel.context_method=auto"],
+        [],
+    ),
     "tokens_of_a_context_rank": (
         ["parallel.context=2", "data.sequence_length=4"],
         ["2 tokens of a rank are fewer than the 3", "data.sequence_length=6 or more"],

@@ -16,6 +16,17 @@ def sequence_over_context(now: Situation) -> Violation | None:
 
 
 @rule(RUN_RULES)
+def method_of_context_ranks(now: Situation) -> Violation | None:
+    """Without context ranks it would change nothing."""
+    parallel = now.config.parallel
+    if parallel.context > 1 or parallel.context_method == "auto":
+        return None
+    legal = {"parallel.context_method": "auto", "parallel.context": "2 or more"}
+    where = f"parallel.context_method={parallel.context_method}"
+    return Violation(where, "changes nothing with parallel.context=1", legal)
+
+
+@rule(RUN_RULES)
 def tokens_of_a_context_rank(now: Situation) -> Violation | None:
     """What a rank needs of its neighbours' tokens, none but the nearest has."""
     length, ranks, model = now.config.data.sequence_length, now.config.parallel.context, now.config.model

@@ -16,13 +16,12 @@ class Borders:
     """segments [B, L] int32: the number of each token's document in its whole row, counted from 0.
 
     begins [B, L] int64: where in the whole row that document begins. goes_on [B]: whether this rank's first token belongs to
-    the document of the token before it, which the rank to the left has. one: whether all own tokens are of one document.
+    the document of the token before it, which the rank to the left has.
     """
 
     segments: Tensor
     begins: Tensor
     goes_on: Tensor
-    one: Tensor
 
 
 def whole_rows(values: Tensor, group: Group) -> Tensor:
@@ -49,5 +48,4 @@ def borders(ids: Tensor, group: Group) -> Borders:
         segments=(numbers + before[rank][:, None]).int(),
         begins=torch.where(latest >= 0, own + latest, came[:, None]),
         goes_on=goes_on[rank],
-        one=counts[rank] == 0,
     )
