@@ -7,23 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from nemohybrid.__main__ import main
-
-SMALL = [
-    "data=shakespeare",
-    "data.tokenizer=byte",
-    "model=tiny",
-    "model.hidden_size=32",
-    "model.ssm_state_size=8",
-    'model.pattern="M-*"',
-    "model.dtype=float32",
-    "data.sequence_length=32",
-    "train.global_batch=2",
-    "train.steps=2",
-    "run.device=cpu",
-    "logging.picture=false",
-]
+from small_runs import SMALL, in_this_process
 
 
 @pytest.fixture(autouse=True)
@@ -38,22 +22,14 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def small(tmp_path_factory) -> list[str]:
     """Overrides of a run of two steps; the prepared text is kept from test to test."""
-    return [*SMALL, f"data.cache={tmp_path_factory.getbasetemp()}/cli_cache"]
+    return [*SMALL, "train.global_batch=2", "train.steps=2", f"data.cache={tmp_path_factory.getbasetemp()}/cli_cache"]
 
 
 @pytest.fixture
 def nemohybrid(capfd) -> Callable[..., tuple[int, str, str]]:
     """`nemohybrid("params", ...) -> (exit status, stdout, stderr)` in this process."""
 
-    def command(*arguments: str) -> tuple[int, str, str]:
-        try:
-            code = main(list(arguments))
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return command
+    return lambda *arguments: in_this_process(capfd, *arguments)
 
 
 @pytest.fixture

@@ -9,25 +9,9 @@ from pathlib import Path
 import pytest
 from fake_cluster import Cluster
 from processes import kill_all, start
-
-from nemohybrid.__main__ import main
+from small_runs import SMALL, in_this_process
 
 SUPPORT = Path(__file__).parents[1] / "support"
-SMALL = [
-    "data=shakespeare",
-    "data.tokenizer=byte",
-    "model=tiny",
-    "model.hidden_size=32",
-    "model.ssm_state_size=8",
-    'model.pattern="M-*"',
-    "model.dtype=float32",
-    "data.sequence_length=32",
-    "train.global_batch=4",
-    "run.device=cpu",
-    "run.dir=run",
-    "logging.picture=false",
-]
-"""A run of milliseconds a step, on any machine."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,22 +26,14 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def small(tmp_path_factory) -> list[str]:
     """Overrides of a tiny run in `run`; the prepared text is kept from test to test."""
-    return [*SMALL, f"data.cache={tmp_path_factory.getbasetemp()}/launch_cache"]
+    return [*SMALL, "train.global_batch=4", "run.dir=run", f"data.cache={tmp_path_factory.getbasetemp()}/launch_cache"]
 
 
 @pytest.fixture
 def launch(capfd) -> Callable[..., tuple[int, str, str]]:
     """`launch("slurm", ...) -> (exit status, stdout, stderr)`."""
 
-    def command(*words: str) -> tuple[int, str, str]:
-        try:
-            code = main(["launch", *words])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return command
+    return lambda *words: in_this_process(capfd, "launch", *words)
 
 
 @pytest.fixture
