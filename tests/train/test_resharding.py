@@ -40,6 +40,7 @@ CHAIN = [
     Layout(data=4, shard=4),
     Layout(tensor=4),
     Layout(data=4, shard=2, mode="hybrid"),
+    Layout(context=2, data=2, shard=4, method="ring+states"),
     Layout(tensor=2, data=2, shard=2, sequence=True),
     Layout(pipeline=2, data=2, expert=2),
     Layout(tensor=2, sequence=True, data=2, expert=4),
@@ -55,9 +56,7 @@ CHAIN = [
 
 def overrides(layout: Layout) -> list[str]:
     parallel = layout.configured(RunConfig()).parallel
-    return [
-        f"parallel.{name}={'null' if v is None else v}" for name, v in parallel.as_dict().items() if name != "context"
-    ]
+    return [f"parallel.{name}={'null' if v is None else v}" for name, v in parallel.as_dict().items()]
 
 
 @pytest.fixture
