@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from forked import run_world
-from layouts import run_config
+from layouts import Layout, run_config
 from torch import distributed as dist
 
 from nemohybrid.errors import ConfigError, DataError
@@ -24,6 +24,7 @@ from nemohybrid.parallel.context_parallel.moves import from_left, shifted
 from nemohybrid.parallel.context_parallel.ring import balanced, in_order, ring_attention
 from nemohybrid.parallel.context_parallel.states import carried
 from nemohybrid.train.batch import Batch
+from nemohybrid.train.parity import observe
 from nemohybrid_kernels.attention import Documents
 from nemohybrid_kernels.attention import parts as attention_parts
 from nemohybrid_kernels.attention.reference import attention_torch
@@ -282,19 +283,41 @@ def test_a_layer_that_does_not_know_shared_rows_is_refused(monkeypatch):
 
 def test_memory_of_a_rank_is_that_of_its_tokens(tmp_path):
     """Rows of 1, 2 and 4 times the length on as many ranks: what a layer of each kind keeps, and at its height holds."""
-    seen = {}
-    for ranks in (1, 2, 4):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-
-        def measure(group, folder=folder):
-            (folder / f"bytes{group.rank}").write_text(json.dumps(peaks(group)))
-
-        on_ranks(ranks, folder, measure)
-        every = [json.loads(file.read_text()) for file in folder.glob("bytes*")]
-        seen[ranks] = {way: max(one[way] for one in every) for way in every[0]}
+    seen = {ranks: most_bytes(ranks, tmp_path / str(ranks), peaks) for ranks in SIZES}
     for way in seen[2]:
+        assert seen[8][way] <= 1.02 * seen[2][way], (way, seen)
         assert seen[4][way] <= 1.02 * seen[2][way], (way, seen)
+
+
+@pytest.mark.parametrize("method, packed", [("ring+all_to_all", True), ("all_to_all+states", False)])
+def test_memory_of_a_model_is_that_of_its_tokens(method, packed, tmp_path):
+    """In a whole step, with experts and drafts, and as many groups as ranks, beyond which they are repeated.
+
+    Documents are a mask of all pairs in PyTorch's attention on CPUs, so that attention by heads has none.
+    """
+
+    def step(group):
+        layout = Layout(context=group.size, method=method)
+        config = layout.configured(run_config("latent", rows=1))
+        config.model.mamba_num_groups = config.model.num_query_groups = max(SIZES)
+        config.data.sequence_length = 32 * group.size
+        context = layout.of_this_rank(config)
+        return {"model": LiveBytes().of(partial(observe, config, context, 1, packed))}
+
+    seen = [most_bytes(ranks, tmp_path / str(ranks), step)["model"] for ranks in SIZES]
+    assert max(seen) <= 1.01 * seen[0], seen
+
+
+SIZES = (2, 4, 8)
+"""Ranks, each of which has as many tokens."""
+
+
+def most_bytes(ranks, folder, measure):
+    """measure(group) -> names and bytes, on so many ranks; of each the most."""
+    folder.mkdir()
+    on_ranks(ranks, folder, lambda group: (folder / f"bytes{group.rank}").write_text(json.dumps(measure(group))))
+    every = [json.loads(file.read_text()) for file in folder.glob("bytes*")]
+    return {name: max(one[name] for one in every) for name in every[0]}
 
 
 def peaks(group):
