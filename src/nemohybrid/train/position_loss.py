@@ -21,11 +21,14 @@ class PositionScore:
 
 
 class PositionLosses:
-    """Sums and counts of losses in runs of positions that double: 0, 1 to 2, 3 to 6, 7 to 14, ..."""
+    """Sums and counts of losses in runs of positions that double: 0, 1, 2 to 3, 4 to 7, ... up to longest - 1.
+
+    So the last run is the second half of a row of 2^n tokens, and as well known as the others.
+    """
 
     def __init__(self, longest: int, device: torch.device) -> None:
-        runs = longest.bit_length()
-        self.ends = torch.tensor([2 ** (run + 1) - 2 for run in range(runs)], device=device)
+        runs = (longest - 1).bit_length() + 1
+        self.ends = torch.tensor([min(2**run, longest) - 1 for run in range(runs)], device=device)
         self.sums = torch.zeros(2, runs, dtype=torch.float64, device=device)
 
     def add(self, losses: Tensor, mask: Tensor, positions: Tensor) -> None:
