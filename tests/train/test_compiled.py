@@ -5,8 +5,9 @@ import torch
 
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.model.layer import Layer
-from nemohybrid.parallel.context import Axes, ParallelContext
+from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.world import divide
+from nemohybrid.plan.axes import axes
 from nemohybrid.train.trainer import Trainer
 
 MODEL = [
@@ -48,11 +49,19 @@ def test_steps_of_compiled_layers_equal_plain_ones(configure):
     assert_compiled_steps_equal_plain_ones(configure(*MODEL), ParallelContext.single())
 
 
-def test_compiled_layers_share_tensors_and_tokens_as_plain_ones(configure, run_ranks):
-    config = configure(*MODEL, "model.pattern='ME*-'", "parallel.tensor=2", "parallel.sequence=true", world_size=2)
-    axes = Axes(tensor=2, sequence=True)
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ["parallel.tensor=2", "parallel.sequence=true"],
+        pytest.param(["parallel.context=2", "parallel.context_method=ring+states"], marks=pytest.mark.slow),
+        pytest.param(["parallel.context=2", "parallel.context_method=all_to_all"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_compiled_layers_share_tensors_and_tokens_as_plain_ones(parallel, configure, run_ranks):
+    config = configure(*MODEL, "model.pattern='ME*-'", *parallel, world_size=2)
 
     def steps(_: ParallelContext) -> None:
-        assert_compiled_steps_equal_plain_ones(config, divide(torch.device("cpu"), axes))
+        assert_compiled_steps_equal_plain_ones(config, divide(torch.device("cpu"), axes(config, 2)))
 
     assert run_ranks(steps) == ["", ""]
