@@ -7,11 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import communication_of_context_ranks
+from markdown_table import table
+
 from nemohybrid.config.compose import load_config, load_model_config
 from nemohybrid.config.ranks import data_ranks, shard_ranks
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.plan import memory
-from nemohybrid.plan.communication import ROUNDS, Row, layer_sends, step_traffic
+from nemohybrid.plan.communication import layer_sends, step_traffic
+from nemohybrid.plan.sends import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "communication.md"
 GB, KB = 1e9, 1e3
@@ -80,12 +84,8 @@ def page() -> str:
         mode_microbatches=BY_MODE.batch // BY_MODE.data,
         modes=table(MODE_HEAD, (mode_line(name, overrides) for name, overrides in MODES.items())),
         layers=table(LAYER_HEAD, (layer_line(*layer) for layer in LAYERS)),
+        context_ranks=communication_of_context_ranks.section(),
     )
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def sent(rows: Iterable[Row], *groups: str) -> float:
@@ -126,7 +126,7 @@ def recipe_line(recipe: Recipe) -> list[str]:
         f"{recipe.batch} x {recipe.length}",
         str(recipe.batch // recipe.data),
         *(cell for pair in zip(sizes, counts, strict=True) for cell in pair),
-        f"{sent(rows, 'tensor', 'data', 'world') / tokens / KB:,.0f}",
+        f"{sent(rows, 'tensor', 'context', 'data', 'world') / tokens / KB:,.0f}",
     ]
 
 
@@ -171,8 +171,7 @@ def layer_line(what: str, symbol: str, model: str) -> list[str]:
     config, cells = load_model_config([*TEXT, f"model={model}"]).model, []
     for cut, recompute in ((True, False), (True, True), (False, False)):
         sends = list(layer_sends(symbol, config, tokens=1, cut=cut, recompute=recompute))
-        size = sum(ROUNDS[send.kind] * send.size for send in sends) * 7 / 8
-        cells += [str(len(sends)), f"{size / KB:.1f}"]
+        cells += [str(len(sends)), f"{sum(send.sent(8) for send in sends) / KB:.1f}"]
     return [what, *cells]
 
 
@@ -186,12 +185,14 @@ python scripts/bench/communication_table.py
 
 writes this page. Nothing here is measured on GPUs, and nothing is a time: these are bytes and numbers of collectives, by the
 formula of `nemohybrid.plan.communication`. The formula is tested: for tiny models with every symbol, LatentMoE, multi-token
-prediction, recomputation and several microbatches, under tensor parallelism with and without sequence parallelism and under
-all data modes, a recorder that knows nothing of it lists what torch.distributed is asked to send in a real step (forward,
-backward, FSDP's own hooks), and both agree to the byte and to the collective. So there are no hidden gathers.
+prediction, recomputation and several microbatches, under tensor parallelism with and without sequence parallelism, under
+all data modes and with context ranks in each of their ways, a recorder that knows nothing of it lists what torch.distributed
+is asked to send in a real step (forward, backward, FSDP's own hooks), and both agree to the byte and to the collective. So
+there are no hidden gathers.
 
 Bytes are those that a rank sends in a ring of n ranks, for a tensor of S bytes: (n - 1) / n x S to gather it from all, or to
-sum it and leave each rank a part; twice that to sum it for all (an all-reduce). NCCL may choose another algorithm.
+sum it and leave each rank a part; twice that to sum it for all (an all-reduce). NCCL may choose another algorithm. Of an
+all-to-all they are what a rank gives to others.
 
 ## Published recipes
 
@@ -206,9 +207,9 @@ Tensor bytes grow with tokens, layers and width, whatever the model does in a la
 microbatches, whatever the tokens. A larger `train.microbatch`, where it fits, sends the first in fewer pieces and the second
 less often.
 
-Left out, since this version has no pipeline, context or expert parallelism: Nemotron 3 Nano 30B (expert 8), 3.5 Lightning
-(expert 8, on H100 context 2), Super (expert 8 to 64, in one recipe pipeline 2) and Ultra (expert 8 to 64, in most recipes
-pipeline 3 or 12).
+Left out, since the formula does not know pipelines and experts that lie on other ranks than all else: Nemotron 3 Nano 30B
+(expert 8), 3.5 Lightning (expert 8, on H100 context 2), Super (expert 8 to 64, in one recipe pipeline 2) and Ultra (expert 8
+to 64, in most recipes pipeline 3 or 12).
 
 ## A layer
 
@@ -220,6 +221,8 @@ A dense layer gathers its tokens once and leaves its sums once, and the same bac
 as two all-reduces, in smaller pieces. Recomputation sends again what goes into a layer, but not what comes out at its end.
 In an `E` layer the ids and weights of the chosen experts come on top. With LatentMoE tokens go to the experts at the latent
 width; most of what is left is for the shared expert, which works at the full one.
+
+{context_ranks}
 
 ## Data modes
 

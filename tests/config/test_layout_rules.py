@@ -127,6 +127,11 @@ def test_context_ranks_need_a_multiple_or_a_divisor_of_the_groups(complaint):
         ),  # 8 query heads for each key/value head
         (["model=nemotron_h_8b", "data.sequence_length=8192", "parallel.tensor=8"], ("heads", "states")),
         (["model=nemotron_h_8b", "data.sequence_length=64"], ("heads", "heads")),  # a state weighs more than 32 tokens
+        (["model=nemotron_h_8b", "data.sequence_length=448"], ("heads", "heads")),
+        (  # one group, that both ranks need
+            ["model=nemotron_h_8b", "data.sequence_length=448", "parallel.tensor=8"],
+            ("heads", "states"),
+        ),
         (["model=tiny"], ("heads", "states")),
         (["model=tiny", "model.num_attention_heads=5", "model.num_query_groups=1"], ("ring", "states")),
         (["model=tiny", "parallel.context_method=ring+all_to_all"], ("ring", "heads")),

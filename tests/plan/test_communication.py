@@ -25,6 +25,7 @@ from nemohybrid.model.mlp import MLP
 from nemohybrid.parallel import gradients
 from nemohybrid.parallel.collectives import gathered, largest
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.expert.exchange import all_to_all
 from nemohybrid.parallel.tensor import TensorRanks
 from nemohybrid.plan import communication
 from nemohybrid.plan.communication import Row, layer_sends, step_traffic
@@ -50,12 +51,14 @@ class Case:
     recompute: str = "none"
     dtype: str = "float32"
     every: bool = False
+    documents: bool = True
 
     def config(self) -> RunConfig:
         rows = self.layout.data * self.microbatches * self.microbatch
         config = self.layout.configured(run_config(self.model, rows, recompute=self.recompute))
         config.train.microbatch, config.model.dtype = self.microbatch, self.dtype
         config.parallel.reduce_every_microbatch = self.every
+        config.data.reset_documents = self.documents
         return config
 
     def __str__(self) -> str:
@@ -77,6 +80,11 @@ CASES = [
     Case(Layout(data=4, shard=2, mode="hybrid"), microbatches=1),
     Case(Layout(tensor=2, data=2, shard=2, sequence=True), "latent", recompute="layer", dtype="bfloat16"),
     Case(Layout(tensor=2, data=2, sequence=True), "tied", dtype="bfloat16"),
+    Case(Layout(context=4, shard=4, method="ring+states"), recompute="layer"),  # ranks at the ends, and in the middle
+    Case(Layout(context=2, method="all_to_all"), "latent", microbatch=2, dtype="bfloat16", documents=False),
+    Case(Layout(tensor=2, context=2, sequence=True, method="all_to_all+states"), "tied_by_sequence", recompute="layer"),
+    Case(Layout(context=2), "forced", 1),  # neither attention nor drafts
+    Case(Layout(context=2, data=2, shard=2, mode="hybrid", method="ring+all_to_all"), "tied", 1, dtype="bfloat16"),
 ]
 
 
@@ -84,7 +92,7 @@ def send_a_step(config: RunConfig, context: ParallelContext) -> list[Collective]
     """What `Trainer.train_step` does with others, on synthetic rows."""
     model, shared = build_model(config, context)
     optimizer, balance = build_optimizer(shared.parameters.values(), config.optim), LoadBalance(model, context)
-    batch = share_of(synthetic_batch(config, step=0), context)
+    batch = share_of(synthetic_batch(config, 0, config.data.reset_documents), context)
     with Traffic(context) as sent:
         compute_gradients(model, batch, config.train.microbatch or 1, context, shared)
         norm = gradients.gradient_norm(shared.parameters.values(), context)
@@ -95,34 +103,47 @@ def send_a_step(config: RunConfig, context: ParallelContext) -> list[Collective]
     return sent.take()
 
 
-def on_first_of(layout: Layout, send: Callable[[ParallelContext], list[list[Collective]]], folder: Path):
-    """`send` on all ranks of a layout -> what rank 0 returned."""
+Sending = Callable[[ParallelContext], list[list[Collective]]]
+
+
+def on_context_ranks(
+    layout: Layout, send: Sending, folder: Path, config: RunConfig | None = None
+) -> list[list[list[Collective]]]:
+    """`send` on all ranks of a layout -> what the first rank returned, and those that share its rows and no matrix."""
 
     def member(rank: int) -> None:
-        found = send(layout.of_this_rank())
-        if rank == 0:
-            (folder / "sent").write_text(json.dumps([[vars(one) for one in part] for part in found]))
+        found = send(layout.of_this_rank(config))
+        (folder / f"sent{rank}").write_text(json.dumps([[vars(one) for one in part] for part in found]))
 
     failures = run_world(layout.ranks, member, folder)
     assert not failures, failures[0].read_text()
-    return [[Collective(**one) for one in part] for part in json.loads((folder / "sent").read_text())]
+    texts = [(folder / f"sent{part * layout.tensor}").read_text() for part in range(layout.context)]
+    return [[[Collective(**one) for one in part] for part in json.loads(text)] for text in texts]
 
 
-def expected(rows: Iterable[Row]) -> Totals:
+def on_first_of(layout: Layout, send: Sending, folder: Path) -> list[list[Collective]]:
+    """What the first rank returned."""
+    return on_context_ranks(layout, send, folder)[0]
+
+
+def expected(rows: Iterable[Row], layout: Layout) -> Totals:
+    """By the names of groups as they are known there: if context ranks are the whole world, they are its data ranks."""
     number, whole = Counter(), Counter()
     for row in rows:
-        number[row.group, row.kind, row.ranks] += row.number
-        whole[row.group, row.kind, row.ranks] += row.whole
+        group = "data" if row.group == "context" and layout.context == layout.ranks else row.group
+        number[group, row.kind, row.ranks] += row.number
+        whole[group, row.kind, row.ranks] += row.whole
     return {key: (number[key], whole[key]) for key in sorted(number)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_sends_exactly_what_the_formula_says(case, tmp_path):
-    config = case.config()
-    (sent,) = on_first_of(case.layout, lambda context: [send_a_step(config, context)], tmp_path)
-    rows = step_traffic(config, case.layout.data, case.layout.shard)
-    assert totals(sent) == expected(rows)
-    assert sum(one.sent for one in sent) == pytest.approx(sum(row.sent for row in rows), rel=1e-12)
+    config, layout = case.config(), case.layout
+    everyone = on_context_ranks(layout, lambda context: [send_a_step(config, context)], tmp_path, config)
+    for part, (sent,) in enumerate(everyone):
+        rows = step_traffic(config, layout.data, layout.shard, part)
+        assert totals(sent) == expected(rows, layout), f"context rank {part}"
+        assert sum(one.sent for one in sent) == pytest.approx(sum(row.sent for row in rows), rel=1e-12)
 
 
 def test_one_rank_sends_nothing():
@@ -135,7 +156,7 @@ def test_large_gradients_go_in_buckets(tmp_path, monkeypatch):
     (sent,) = on_first_of(case.layout, lambda context: [send_a_step(case.config(), context)], tmp_path)
     rows = step_traffic(case.config(), data_ranks=2)
     assert next(row.number for row in rows if row.what == "reduce gradients") > 3
-    assert totals(sent) == expected(rows)
+    assert totals(sent) == expected(rows, case.layout)
 
 
 # --- Layer by layer: no hidden gathers ---------------------------------------------------------------------------------
@@ -229,6 +250,7 @@ def send_by_hand(context: ParallelContext) -> list[list[Collective]]:
         dist.all_gather([x.clone(), x.clone()], x, group=context.tensor.handle)
         dist.reduce_scatter(x, [x.clone(), x.clone()], group=context.data.handle)
         TensorRanks(context.tensor, cut=True).enter(x)
+        all_to_all(x, [1, 2], [1 + context.tensor.rank] * 2, context.tensor)()
         dist.broadcast(x, src=0)
     return [sent.take()]
 
@@ -240,9 +262,10 @@ def test_every_door_is_watched(tmp_path):
         ("all_gather", "tensor", 2, 24),
         ("reduce_scatter", "data", 2, 24),
         ("all_gather", "tensor", 2, 24),
+        ("all_to_all", "tensor", 2, 8),  # of three numbers one stays
         ("broadcast", "world", 4, 12),
     ]
-    assert [one.sent for one in sent[:2]] == [12, 12]
+    assert [one.sent for one in sent[:5]] == [12, 12, 12, 12, 8]
 
 
 # --- What a user learns from it ----------------------------------------------------------------------------------------
@@ -272,8 +295,16 @@ def script(monkeypatch) -> ModuleType:
     return importlib.import_module("communication_table")
 
 
+def test_the_page_on_layouts_says_the_same_of_context_ranks(script):
+    page = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    for ranks, length in ((8, 65536), (8, 1048576), (64, 1048576)):
+        costs = script.communication_of_context_ranks.shared_line("", "nemotron3_super", ranks, length)[4:8]
+        costs = ["32 heads do not divide" if cost == "-" else cost for cost in costs]
+        assert f"| {' | '.join([f'{ranks}, {length:,}', *costs])} |" in page
+
+
 def test_the_page_is_what_the_formula_says(script):
     page = script.PAGE.read_text(encoding="utf-8")
-    for cells in [script.recipe_line(script.BY_MODE), *(script.layer_line(*layer) for layer in script.LAYERS)]:
-        line = f"| {' | '.join(cells)} |"
-        assert line in page, f"run scripts/bench/communication_table.py: the page has no line\n{line}"
+    lines = [script.recipe_line(script.BY_MODE), *(script.layer_line(*layer) for layer in script.LAYERS)]
+    for part in [*(f"| {' | '.join(cells)} |" for cells in lines), script.communication_of_context_ranks.section()]:
+        assert part in page, f"run scripts/bench/communication_table.py: the page has no\n{part}"

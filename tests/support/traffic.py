@@ -5,10 +5,12 @@ is the larger of what goes in and what comes out:
 
     all_gather, reduce_scatter   (n - 1) / n * S
     all_reduce                   2 (n - 1) / n * S
+
+Of an all_to_all it is counted what this rank gives to others.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from nemohybrid.parallel.context import ParallelContext
 
 ROUNDS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 """How often the parts of a tensor go around the ring."""
+ALL_TO_ALL = "all_to_all"
 
 _SPELLINGS = {"allreduce": "all_reduce", "allgather": "all_gather", "_base": ""}
 _NAMESPACES = ("_c10d_functional", "c10d")
@@ -30,7 +33,8 @@ _NOTHING_SENT = ("wait_tensor",)
 
 @dataclass(frozen=True)
 class Collective:
-    """kind: all_reduce, all_gather, reduce_scatter, or the name of another operator; group: its role; whole: S, in bytes."""
+    """kind: all_reduce, all_gather, reduce_scatter, all_to_all, or the name of another operator; group: its role; whole: S, or
+    what an all_to_all gives to others, in bytes."""
 
     kind: str
     group: str
@@ -40,7 +44,7 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that a rank sends. KeyError for a kind that has no formula above."""
-        return ROUNDS[self.kind] * (self.ranks - 1) / self.ranks * self.whole
+        return self.whole if self.kind == ALL_TO_ALL else ROUNDS[self.kind] * (self.ranks - 1) / self.ranks * self.whole
 
 
 class Traffic(TorchDispatchMode):
@@ -61,9 +65,9 @@ class Traffic(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace in _NAMESPACES and name not in _NOTHING_SENT:
             name_of_group = _group_name(args)
-            ranks = dist.distributed_c10d._resolve_process_group(name_of_group).size()
-            whole = max(_bytes(part) for part in (*args, result))
-            self.collectives.append(Collective(_kind(name), self.roles.get(name_of_group, "data"), ranks, whole))
+            group, kind = dist.distributed_c10d._resolve_process_group(name_of_group), _kind(name)
+            whole = _given(args, group.rank()) if kind == ALL_TO_ALL else max(_bytes(part) for part in (*args, result))
+            self.collectives.append(Collective(kind, self.roles.get(name_of_group, "data"), group.size(), whole))
         return result
 
     def take(self) -> list[Collective]:
@@ -73,8 +77,10 @@ class Traffic(TorchDispatchMode):
 
 
 def roles(context: ParallelContext) -> dict[str, str]:
-    """Name of a process group -> tensor, data or world. Others, which FSDP makes among the data ranks, are data too."""
-    groups = {"world": context.world, "data": context.data, "tensor": context.tensor}  # one may be the whole world
+    """Name of a process group -> tensor, context, data or world. Others, which FSDP makes among the data ranks, are data too.
+
+    Of several that are the whole world, and one group, the last is named."""
+    groups = {"world": context.world, "context": context.context, "data": context.data, "tensor": context.tensor}
     return {g.handle.group_name: role for role, g in groups.items() if g.handle is not None}
 
 
@@ -92,7 +98,13 @@ def _kind(operator: str) -> str:
     for ours, common in _SPELLINGS.items():
         operator = operator.replace(ours, common)
     known = [kind for kind in ROUNDS if operator.strip("_").startswith(kind)]
-    return known[0] if known else operator.strip("_")
+    return known[0] if known else {"all_to_all_single": ALL_TO_ALL}.get(operator, operator.strip("_"))
+
+
+def _given(args: Sequence[Any], rank: int) -> int:
+    """Of the rows in an all_to_all_single(rows, received, sent, group), those that are for others."""
+    rows, _, sent, *_ = args
+    return sum(n for other, n in enumerate(sent) if other != rank) * rows[0].nbytes if len(rows) else 0
 
 
 def _group_name(args: Iterable[Any]) -> str:

@@ -49,12 +49,22 @@ def heads_divide(heads: int, groups: int, context: int) -> bool:
 
 
 def _heads_send_less(config: RunConfig) -> bool:
-    """Bytes of a token that travel by heads, times the tokens, against those of a state, times its exchanges."""
+    """Bytes that a rank in the middle of a row sends forward and backward, as plan/context_communication.py counts them."""
     model, ranks = config.model, config.parallel.context
-    if not heads_divide(*mamba_heads(model, config.parallel.tensor), ranks):
+    heads, groups = mamba_heads(model, config.parallel.tensor)
+    if not heads_divide(heads, groups, ranks):
         return False
-    inner, heads = (model.mamba_num_heads or 0) * (model.mamba_head_dim or 0), model.mamba_num_heads or 0
-    width = 2 if model.dtype == "bfloat16" else 4
-    of_a_token = (2 * inner + 2 * model.mamba_num_groups * model.ssm_state_size + heads) * width
-    of_a_state = 4 * inner * model.ssm_state_size * (1 + (ranks - 1).bit_length())
-    return config.data.sequence_length // ranks * of_a_token < of_a_state
+    width, inner = 2 if model.dtype == "bfloat16" else 4, heads * (model.mamba_head_dim or 0)
+    b_and_c = 2 * groups * model.ssm_state_size
+    copies = max(1, ranks // groups)  # of groups that are fewer than the ranks
+    of_a_token = (2 * inner + copies * b_and_c + heads) * width
+    of_a_state, of_taps = 4 * inner * model.ssm_state_size, (model.conv_kernel - 1) * (inner + b_and_c) * width
+    doubling = sum(_neighbours(ranks, 2**n) for n in range((ranks - 1).bit_length()))
+    by_heads = 2 * own_length(config) * of_a_token * (ranks - 1) / ranks
+    return by_heads < doubling * of_a_state + _neighbours(ranks, 1) * (of_a_state + of_taps)
+
+
+def _neighbours(ranks: int, by: int) -> int:
+    """How many ranks are `by` places away from the one in the middle: it sends to one forward, to the other backward."""
+    middle = (ranks - 1) // 2
+    return (middle + by < ranks) + (middle - by >= 0)

@@ -4,7 +4,8 @@ Bytes are those of a ring of n ranks (Thakur et al. 2005, section 4): to gather 
 every rank a part, each sends (n - 1) / n * S; to sum it for all, twice that. tests/plan/test_communication.py counts the
 collectives of real steps, and finds these, neither more nor fewer. Left out: evaluation, checkpoints, what `logging` asks for.
 
-The rank is the first of its tensor ranks and of its data ranks; others may have a row of the vocabulary more, or no bias.
+The rank is the first of its tensor ranks and of its data ranks; others may have a row of the vocabulary more, or no bias. Of
+context ranks it is any; those at the ends of a row send less than one in the middle.
 """
 
 import math
@@ -12,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from itertools import chain
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,66 +29,39 @@ from nemohybrid.parallel import gradients
 from nemohybrid.parallel.context import ParallelContext
 from nemohybrid.parallel.gradients import is_partial
 from nemohybrid.parallel.layout import layout_of
+from nemohybrid.plan import context_communication as context
 from nemohybrid.plan.axes import axes
+from nemohybrid.plan.sends import FP32, FP64, INT64, Kind, Row, Send
 from nemohybrid.symbols import parse_pattern
 
-FP32 = 4
-INT64 = FP64 = 8
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
-ROUNDS: dict[Kind, int] = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
-"""How often the parts of a tensor go around the ring."""
-
-
-class Send(NamedTuple):
-    """A collective that is repeated. size: bytes of the whole tensor."""
-
-    kind: Kind
-    size: int
-    times: int = 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """Collectives of one purpose and kind in a step. group: tensor, data or world; whole: bytes of all tensors together."""
-
-    what: str
-    group: str
-    kind: Kind
-    ranks: int
-    number: int
-    whole: int
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a rank sends."""
-        return ROUNDS[self.kind] * (self.ranks - 1) / self.ranks * self.whole
-
-
-def step_traffic(config: RunConfig, data_ranks: int, shard_ranks: int = 1) -> list[Row]:
+def step_traffic(config: RunConfig, data_ranks: int, shard_ranks: int = 1, part: int | None = None) -> list[Row]:
     """Everything a rank sends in one step of `config`, which must be legal.
 
-    data_ranks share the global batch; shard_ranks of them cut weights, gradients and optimizer state among themselves.
-    Raises ConfigError for pipelines, context ranks and folded experts, whose traffic is not counted yet.
+    data_ranks share the global batch, each of them perhaps several context ranks, of which this is number `part` (None: one
+    in the middle); shard_ranks of all these cut weights, gradients and optimizer state among themselves.
+    Raises ConfigError for pipelines and folded experts, whose traffic is not counted yet.
     """
     parallel = config.parallel
-    if parallel.pipeline > 1 or parallel.context > 1 or axes(config, 1).folds:
+    if parallel.pipeline > 1 or axes(config, 1).folds:
         raise ConfigError(
-            "what pipelines, context ranks and folded experts send is not counted yet. "
-            "Legal: parallel.pipeline=1, context=1, expert=1"
+            "what pipelines and folded experts send is not counted yet. Legal: parallel.pipeline=1, expert=1"
         )
-    step = Step(config, data_ranks, shard_ranks)
+    step = Step(config, data_ranks, shard_ranks, context.middle(parallel.context) if part is None else part)
     weights = _cut_weights(step) if shard_ranks > 1 else _copied_weights(step)
-    return [*_layers(step), *_ends(step), *_router_balance(step), *_partial_gradients(step), *weights, *_numbers(step)]
+    parts = _layers(step), _ends(step), _context_ranks(step), _router_balance(step), _partial_gradients(step)
+    return [*chain(*parts), *weights, *_numbers(step)]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the formulas need to know of a step. `data` ranks share its batch, `shard` of them cut the weights."""
+    """What the formulas need to know of a step. `data` ranks share its batch, `shard` of them and of the context ranks cut the
+    weights; this is the first of the former, and number `part` of the latter."""
 
     config: RunConfig
     data: int
     shard: int
+    part: int = 0
 
     @cached_property
     def model(self) -> HybridModel:
@@ -111,9 +86,19 @@ class Step:
         return self.config.train.global_batch // self.data // self.rows
 
     @property
+    def share(self) -> context.Share:
+        """The rank's tokens of a microbatch."""
+        return context.Share(self.config, self.rows, self.part)
+
+    @property
     def tokens(self) -> int:
-        """Those of a microbatch."""
-        return self.rows * self.config.data.sequence_length
+        """How many these are."""
+        return self.share.tokens
+
+    @property
+    def token_ranks(self) -> int:
+        """Data x context: they have other tokens of the batch, and share weights."""
+        return self.data * self.config.parallel.context
 
     @property
     def recomputes(self) -> bool:
@@ -128,7 +113,7 @@ class Step:
     @property
     def everyone(self) -> str:
         """The group of all ranks."""
-        return "data" if self.config.parallel.tensor == 1 else "tensor" if self.data == 1 else "world"
+        return "data" if self.config.parallel.tensor == 1 else "tensor" if self.token_ranks == 1 else "world"
 
     @property
     def token_holders(self) -> str:
@@ -137,8 +122,9 @@ class Step:
 
     def rows_of(self, what: str, group: str, sends: Iterable[Send], times: int = 1) -> Iterator[Row]:
         """A row for each kind among `sends`, all of which are repeated; none in a group of one."""
-        tensor, data, shard = self.config.parallel.tensor, self.data, self.shard
+        tensor, data, shard = self.config.parallel.tensor, self.token_ranks, self.shard
         sizes = {"tensor": tensor, "data": data, "world": tensor * data, "shard": shard, "copies": data // shard}
+        sizes["context"] = self.config.parallel.context
         number, whole = Counter[Kind](), Counter[Kind]()
         for send in sends if sizes[group] > 1 else ():
             number[send.kind] += times * send.times
@@ -234,6 +220,19 @@ def _layers(step: Step) -> Iterator[Row]:
         yield from step.rows_of(f"{symbol} layers", "tensor", sends, times=step.microbatches * runs)
 
 
+def _context_ranks(step: Step) -> Iterator[Row]:
+    """What layers need of other tokens, what is known of documents, and what drafts read and predict."""
+    share, depths = step.share, step.model.mtp_depth
+    for symbol, runs in _runs(step).items():
+        sends = context.layer_sends(symbol, share, step.recomputes)
+        yield from step.rows_of(f"{symbol} layers", "context", sends, times=step.microbatches * runs)
+    yield from step.rows_of("documents", "context", context.documents(share, set(_runs(step))), step.microbatches)
+    drafts = [*context.draft_tokens(share, depths), *context.draft_targets(share, depths)]
+    yield from step.rows_of("drafts", "context", drafts, step.microbatches)
+    whole_batch = replace(share, rows=step.rows * step.microbatches)  # its targets are counted first
+    yield from step.rows_of("drafts", "context", context.draft_targets(whole_batch, depths))
+
+
 def _runs(step: Step) -> Counter[str]:
     """Symbol -> how many of its layers a microbatch passes, those of MTP at every depth."""
     pattern = parse_pattern(step.config.model.pattern)
@@ -257,10 +256,11 @@ def _router_balance(step: Step) -> Iterator[Row]:
     times = step.microbatches * _runs(step)["E"]
     if m.router.aux_loss == "global":
         yield from step.rows_of("router balance", step.token_holders, [Send("all_reduce", FP64 * m.num_experts)], times)
-    elif step.cut:
+    else:
         rows = step.rows if m.router.aux_loss == "sequence" else 1
-        size = rows * m.num_experts * (INT64 if rows == 1 else FP32)  # of several rows the loads come from a product
-        yield from step.rows_of("router balance", "tensor", [Send("all_reduce", size)], times)
+        size = rows * m.num_experts * (FP32 if rows > 1 and step.cut else INT64)  # there the loads come from a product
+        for group in ("tensor", "context") if step.cut else ("context",):
+            yield from step.rows_of("router balance", group, [Send("all_reduce", size)], times)
     if routers:
         yield from step.rows_of(
             "expert loads", step.token_holders, [Send("all_reduce", len(routers) * FP64 * (m.num_experts + 3))]
@@ -273,9 +273,11 @@ def _partial_gradients(step: Step) -> Iterator[Row]:
     copied: list[int] = []
     for parameter in step.model.parameters():
         rows, *others = layout_of(parameter).tensor_shape
-        layout = replace(layout_of(parameter), rows=(0, -(-rows // step.shard)))
+        chunk, number = -(-rows // step.shard), step.part % step.shard
+        first, end = min(rows, number * chunk), min(rows, (number + 1) * chunk)
+        layout = replace(layout_of(parameter), rows=(first, end))
         if is_partial(layout, step.model.context):
-            whole.append(-(-rows // step.shard) * math.prod(others))
+            whole.append((end - first) * math.prod(others))
         copied += [layout.ranks // b.copies * math.prod(b.shape) for b in layout.boxes if b.copies > 1]
     sends = (Send("all_reduce", FP32 * elements) for elements in _buckets([*whole, *copied]))
     yield from step.rows_of("partial gradients", "tensor", sends)

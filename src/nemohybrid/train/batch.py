@@ -82,8 +82,9 @@ class Batch:
         Position t of depth k has seen tokens t + 1 ... t + k + 1 beside those up to t, and predicts labels[t + k + 1]. It
         counts where all of these and the label lie in the document of token t, and `loss_mask` keeps the label.
         """
-        goes_on = self._goes_on()
-        within = goes_on
+        if not depths:
+            return  # and asks other ranks for nothing
+        within = goes_on = self._goes_on()
         for by in range(1, depths + 1):
             within = within & shifted(goes_on, by, self.context)
             yield shifted(self.labels, by, self.context), within * shifted(self.loss_mask, by, self.context)
