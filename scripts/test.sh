@@ -16,7 +16,7 @@ stage() {
   "$@" || { verdict=FAILED && failed+=("$name"); }
   echo "== $name: $verdict after $((SECONDS - began)) s"
 }
-# What only reads the code runs beside the tests, on the second core; its output waits until they are done.
+# What only reads the code runs beside the tests; its output waits until they are done.
 begin() {
   local name=$1
   shift
@@ -47,8 +47,9 @@ report=$(mktemp) logs=$(mktemp -d) beside=()
 trap 'rm -rf "$report" "$logs"' EXIT
 begin "types" pyright
 begin "docs" sphinx-build -W -q -b html docs docs/_build/html
-# xunit1 is the form of the report that names the file of each test.
-stage "tests" python -m pytest --junit-xml="$report" -o junit_family=xunit1 "$@"
+# A file is one worker's, which computes what its tests share once. xunit1 is the form of the report that names the file of each test.
+cores=$(nproc)
+stage "tests" python -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile --junit-xml="$report" -o junit_family=xunit1 "$@"
 finish
 
 for name in ${failed[@]+"${failed[@]}"}; do echo "FAILED: $name"; done

@@ -1,12 +1,13 @@
 """Tiny models for every room that tests one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from turns import turn
 
 from nemohybrid.config.derive import derive_sizes
 from nemohybrid.config.model import ModelConfig
@@ -78,6 +79,12 @@ def _assert_close_to_scale(got: dict[str, Tensor], want: dict[str, Tensor], tole
         error = (got[name] - expected).abs().max().item()
         scale = expected.abs().max().item()
         assert error <= tolerance * scale, f"{name}: off by {error:.1e}, its largest entry is {scale:.1e}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before the clock of pytest-timeout starts
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with turn(item):
+        return (yield)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,6 +24,7 @@ from nemohybrid.train.data import RunData
 from nemohybrid.train.run import run
 from nemohybrid.train.watch.watchdog import HUNG
 
+pytestmark = pytest.mark.alone
 QUICK = ["train.steps=8", "cluster.hang_seconds=2", "cluster.timeout_minutes=0.5"]
 BOUND_S = 12.0
 """From the hang to the end of the last process: two seconds of hanging, two of listening, and slow cores."""
