@@ -69,8 +69,7 @@ def step_traffic(config: RunConfig, data_ranks: int, shard_ranks: int = 1) -> li
     data_ranks share the global batch; shard_ranks of them cut weights, gradients and optimizer state among themselves.
     Raises ConfigError for pipelines, context ranks and folded experts, whose traffic is not counted yet.
     """
-    parallel = config.parallel
-    if parallel.pipeline > 1 or parallel.context > 1 or axes(config, 1).folds:
+    if not counts(config):
         raise ConfigError(
             "what pipelines, context ranks and folded experts send is not counted yet. "
             "Legal: parallel.pipeline=1, context=1, expert=1"
@@ -78,6 +77,11 @@ def step_traffic(config: RunConfig, data_ranks: int, shard_ranks: int = 1) -> li
     step = Step(config, data_ranks, shard_ranks)
     weights = _cut_weights(step) if shard_ranks > 1 else _copied_weights(step)
     return [*_layers(step), *_ends(step), *_router_balance(step), *_partial_gradients(step), *weights, *_numbers(step)]
+
+
+def counts(config: RunConfig) -> bool:
+    """Whether the formulas know all that `config` sends."""
+    return config.parallel.pipeline == config.parallel.context == 1 and not axes(config, 1).folds
 
 
 @dataclass(frozen=True)
