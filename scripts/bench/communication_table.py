@@ -206,7 +206,7 @@ Tensor bytes grow with tokens, layers and width, whatever the model does in a la
 microbatches, whatever the tokens. A larger `train.microbatch`, where it fits, sends the first in fewer pieces and the second
 less often.
 
-Left out, since this version has no pipeline, context or expert parallelism: Nemotron 3 Nano 30B (expert 8), 3.5 Lightning
+Left out, since the formula counts no pipelines, context ranks and folded experts: Nemotron 3 Nano 30B (expert 8), 3.5 Lightning
 (expert 8, on H100 context 2), Super (expert 8 to 64, in one recipe pipeline 2) and Ultra (expert 8 to 64, in most recipes
 pipeline 3 or 12).
 

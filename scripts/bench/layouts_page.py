@@ -86,17 +86,17 @@ LAYOUTS = [
     Layout("nemotron_h_4b", 256, axes(copies_of=8)),
     Layout("nemotron_h_8b", 8),
     Layout("nemotron_h_8b", 64, axes(copies_of=8)),
-    Layout("nemotron_h_8b", 1024, axes(tensor=4, copies_of=8)),
+    Layout("nemotron_h_8b", 1024, axes(tensor=4, copies_of=2)),
     Layout("nemotron_h_47b", 32, axes(tensor=8)),
     Layout("nemotron_h_47b", 1024, axes(tensor=8, copies_of=8)),
     Layout("nemotron_h_56b", 64, axes(tensor=8)),
     Layout("nemotron_h_56b", 512, axes(tensor=8, copies_of=8)),
     Layout("nemotron_h_56b", 1024, axes(tensor=8, copies_of=8)),
     Layout("nemotron_nano_v2_9b", 8),
-    Layout("nemotron_nano_v2_9b", 512, axes(tensor=2, copies_of=8)),
+    Layout("nemotron_nano_v2_9b", 512, axes(tensor=2, copies_of=4)),
     Layout("nemotron_nano_v2_12b", 8, axes(tensor=2)),
     Layout("nemotron_nano_v2_12b", 64, axes(tensor=2)),
-    Layout("nemotron_nano_v2_12b", 1024, axes(tensor=4, copies_of=4)),
+    Layout("nemotron_nano_v2_12b", 1024, axes(tensor=4, copies_of=2)),
     Layout("nemotron3_nano_4b", 8),
     Layout("nemotron3_nano_4b", 512, axes(copies_of=8)),
     Layout("nemotron3_nano_30b", 16, axes(expert=8)),
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-HEAD = """GPUs | layout | batch | rows | steps of a rank | GiB kept | GiB sent | idle |
+HEAD = """GPUs | `parallel.` | batch | rows | steps of a rank | GiB kept | GiB sent | idle |
 |---|--:|---|--:|--:|--:|--:|--:|--:|"""
 
 
@@ -162,10 +162,10 @@ def row(layout: Layout, config: RunConfig) -> str:
 
 
 def words(parallel: ParallelSection) -> list[str]:
-    """The axes that are not what they are where nobody says anything."""
+    """The keys of `parallel` that are not what they are where nobody says anything."""
     default = ParallelSection()
     found = {name: getattr(parallel, name) for name in SHOWN if getattr(parallel, name) != getattr(default, name)}
-    return [f"parallel.{name}={value}" for name, value in found.items()] or ["parallel.tensor=1"]
+    return [f"{name}={value}" for name, value in found.items()] or ["tensor=1"]
 
 
 TEXT = """<!-- written by scripts/bench/layouts_page.py -->

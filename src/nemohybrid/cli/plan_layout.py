@@ -71,7 +71,7 @@ def _sent(plan: "LayoutPlan") -> list[str]:
     for row in plan.sent:
         sizes[row.what, row.group] += round(row.sent)
     rows = [(f"{what}, {group} ranks", size) for (what, group), size in sizes.items() if size >= GIB / 100]
-    lines = [f"  {name:34}{size / GIB:>10.2f} GiB" for name, size in [*rows, ("total", plan.bytes_sent or 0)]]
+    lines = [f"  {name:38}{size / GIB:>10.2f} GiB" for name, size in [*rows, ("total", plan.bytes_sent or 0)]]
     return ["a rank sends in a step, by count:", *lines]
 
 
