@@ -1,6 +1,8 @@
 """`nemohybrid plan layout`: what it counts, and what it refuses."""
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +59,35 @@ def test_what_cannot_run_is_refused(nemohybrid, words, complaint):
 
 def test_the_number_of_ranks_must_be_given(nemohybrid):
     assert nemohybrid(*TINY)[0] == 2
+
+
+PAGE = (Path(__file__).parents[2] / "docs/parallelism.md").read_text(encoding="utf-8")
+EXAMPLE = PAGE[PAGE.index("## An example, from 8 to 1024 GPUs") : PAGE.index("## A layout never changes")]
+COMMANDS = re.findall(r"```bash\n(.*?)```\n\n```text\n(.*?)```", EXAMPLE, re.DOTALL)
+ROWS = [
+    (gpus, *row)
+    for gpus, table in re.findall(r"^\| on (\d+) GPUs, .*\n\|[-:|]+\n((?:\|.*\n)+)", EXAMPLE, re.MULTILINE)
+    for row in re.findall(r"^\| `(.+?)` \| (\S+) \| (.+?) \|", table, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)))
+def test_the_example_shows_what_is_printed(nemohybrid, number):
+    command, shown = COMMANDS[number]
+    _, out, err = nemohybrid(*shlex.split(command.replace("\\\n", " "))[1:])
+    for part in shown.split("  ...\n"):
+        assert part in (out or err), f"the page shows\n{part}\nand the command prints\n{out or err}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus, words, kept, sent", ROWS)
+def test_the_tables_of_the_example_are_what_is_counted(nemohybrid, gpus, words, kept, sent):
+    given = words if "microbatch" in words else f"{words} train.microbatch=1"
+    model = ["model=nemotron_nano_v2_12b", "data.sequence_length=8192", "train.global_batch=768"]
+    _, out, _ = nemohybrid("plan", "layout", "--gpus", gpus, *model, "train.recompute=layer", *given.split())
+    memory, _, traffic = out.partition("sends")
+    assert gib(memory, "total") == pytest.approx(float(kept), abs=0.051)
+    if sent == "not counted":
+        assert "is not counted" in traffic
+    else:
+        assert gib(traffic, "total") == pytest.approx(float(sent.replace(",", "")), abs=0.51)
