@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ PUBLISHED = {  # tokens, sequences of a batch, peak, warmup and decay in tokens,
     "nemotron3_5_lightning": (25e12, 3072, 1e-3, 8.4e9, 5e12, "cosine"),
     "nemotron3_super": (25e12, 3072, 4.5e-4, 200e9, 5e12, "minus_sqrt"),
     "nemotron3_ultra": (20e12, 3072, 2.5e-4, 200e9, 5e12, "minus_sqrt"),
+}
+LONG = {  # after which run, tokens, length, batch, rate, axes (tensor, context, expert, pipeline), shares of 4,096, fewest ranks
+    "nemotron_nano_v2_12b_long": ("nemotron_nano_v2_12b", 18.9e9, 2**19, 12, 4.5e-6, (8, 16, 1, 1), None, 128),
+    "nemotron3_nano_30b_long": ("nemotron3_nano_30b", 121e9, 2**19, 48, 1e-5, (8, 8, 8, 4), "asked", 256),
+    "nemotron3_super_long": ("nemotron3_super", 34e9, 2**20, 16, 4.5e-6, (2, 64, 64, 1), None, 128),
+    "nemotron3_super_long_mixed": ("nemotron3_super", 17e9, 2**20, 16, 4.5e-6, (2, 64, 64, 1), 0.5, 128),
+    "nemotron3_ultra_long": ("nemotron3_ultra", 33e9, 2**20, 16, 2.5e-6, (8, 32, 128, 2), 0.08, 512),
 }
 SHAPE = ["schedule.warmup", "schedule.decay_style"]
 SLOPE = ["optim.lr", "optim.beta1", "optim.beta2", "schedule.decay", "schedule.min_lr_ratio"]
@@ -71,9 +79,30 @@ def complaint(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_every_experiment_is_a_recipe_or_a_twin_or_runs_on_its_own():
-    own = {"quickstart", "tiny"}
+def test_every_experiment_is_a_recipe_or_a_twin_or_a_long_context_phase_or_runs_on_its_own():
+    own = {"quickstart", "tiny"} | LONG.keys()
     assert set(groups()["experiment"]) == own | PUBLISHED.keys() | {f"tiny_{name}" for name in PUBLISHED}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_context_phase_is_the_published_one_and_the_rest_is_as_in_pretraining(name, recipe):
+    before, tokens, length, batch, rate, axes, short, ranks = LONG[name]
+    asked = complaint(f"experiment={name}")
+    assert "init_from: the run folder" in asked
+    words = [f"data.lengths={{{length}: 0.9, 4096: 0.1}}"] if short == "asked" else []
+    assert ("data.lengths: " in asked) == bool(words)
+    composed = compose_raw([f"experiment={name}", "data=shakespeare", "init_from=null", *words])
+    config = finish(composed, ranks)
+    parallel = config.parallel
+    assert (parallel.tensor, parallel.context, parallel.expert, parallel.pipeline) == axes
+    assert (config.data.sequence_length, config.train.global_batch, config.run.name) == (length, batch, name)
+    assert config.train.steps == math.ceil(tokens / (batch * length))
+    assert short in (None, "asked") or config.data.lengths == {length: 1 - short, 4096: short}
+    schedule = config.schedule
+    assert (schedule.name, schedule.warmup, schedule.decay, schedule.total) == ("constant", 0, 0, tokens)
+    assert (config.optim, config.model) == (replace(recipe(before).optim, lr=rate), recipe(before).model)
+    with pytest.raises(ConfigError, match=f"start {ranks} processes"):
+        finish(composed, ranks // 2)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,11 +1,15 @@
-"""`nemohybrid plan pipeline OVERRIDE...`: how a pipeline is cut, when ranks wait, what they keep, before it runs."""
+"""`nemohybrid plan pipeline OVERRIDE...`: how a pipeline is cut, when ranks wait, what they keep, before it runs.
+
+`nemohybrid plan layout` has a file of its own.
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemohybrid.cli.arguments import data_ranks_for, whole_number
+from nemohybrid.cli import plan_layout
+from nemohybrid.cli.arguments import data_ranks_for, whole_number, without_files
 from nemohybrid.config.compose import compose_raw, load_config
 from nemohybrid.config.overrides import usable_overrides
 from nemohybrid.config.run_config import RunConfig
@@ -23,15 +27,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 MOST = 4
 """Microbatches for each rank that are shown where --microbatches does not say: more look the same."""
-NO_CORPUS = (
-    "data.bundled=shakespeare",
-    "data.train=null",
-    "data.valid=null",
-    "data.split=[]",
-    "train.evaluate_every=0",
-)
-"""Satisfies the rules about data. Nothing is read."""
-
 DESCRIPTION = """Show a pipeline before it runs: which layers each rank has, how long it computes and waits, what it
 keeps.
 
@@ -71,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--measure", action="store_true", help="measure the times here, and write them beside the picture, as .json"
     )
     p.set_defaults(run=pipeline)
+    plan_layout.add_parser(commands)
     return parser
 
 
@@ -102,8 +98,7 @@ def pipeline(args: argparse.Namespace) -> int:
 def composed(words: Sequence[str]) -> RunConfig:
     """The configuration, every rule checked, in a world that its layout fills. `parallel.data=auto` is one rank, or as many
     as the experts need."""
-    named = any(word.lstrip("+").startswith(("data=", "data.train=", "data.bundled=")) for word in words)
-    words = [*(() if named else NO_CORPUS), *words]
+    words = without_files(words)
     usable = [str(override.input_line) for override in usable_overrides(words, [])]  # load_config names the others
     layout = compose_raw(usable).parallel
     data = int(layout.data) if str(layout.data).isdecimal() else data_ranks_for(layout)

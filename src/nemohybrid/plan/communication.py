@@ -42,15 +42,19 @@ def step_traffic(config: RunConfig, data_ranks: int, shard_ranks: int = 1, part:
     in the middle); shard_ranks of all these cut weights, gradients and optimizer state among themselves.
     Raises ConfigError for pipelines and folded experts, whose traffic is not counted yet.
     """
-    parallel = config.parallel
-    if parallel.pipeline > 1 or axes(config, 1).folds:
+    if not counts(config):
         raise ConfigError(
             "what pipelines and folded experts send is not counted yet. Legal: parallel.pipeline=1, expert=1"
         )
-    step = Step(config, data_ranks, shard_ranks, context.middle(parallel.context) if part is None else part)
+    step = Step(config, data_ranks, shard_ranks, context.middle(config.parallel.context) if part is None else part)
     weights = _cut_weights(step) if shard_ranks > 1 else _copied_weights(step)
     parts = _layers(step), _ends(step), _context_ranks(step), _router_balance(step), _partial_gradients(step)
     return [*chain(*parts), *weights, *_numbers(step)]
+
+
+def counts(config: RunConfig) -> bool:
+    """Whether the formulas know all that `config` sends."""
+    return config.parallel.pipeline == 1 and not axes(config, 1).folds
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class MemoryEstimate:
     def table(self) -> str:
         """A line a component, in GiB."""
         rows = [*self.fixed.items(), *self.activations.items(), ("total", self.total)]
-        lines = [f"  {name:34}{size / GIB:>10.2f} GiB" for name, size in rows]
+        width = max(34, *(len(name) for name, _ in rows))
+        lines = [f"  {name:{width}}{size / GIB:>10.2f} GiB" for name, size in rows]
         return "\n".join(lines + ([f"  activations not counted: {self.left_out}"] if self.left_out else []))
 
 
