@@ -183,8 +183,8 @@ and [Parallel training](../parallelism.md#an-example-from-8-to-1024-gpus) how to
 
 - *Rows*: data ranks, which have other rows of the batch. *Steps of a rank*: microbatches that each adds up.
 - *GiB kept*: by the fullest rank. An H100 has 80 GB, an H200 141, a B200 180, of which CUDA and the allocator take some.
-- *GiB sent*: by a rank in a step, by tensor and data ranks ([Communication](communication.md)). "-" where pipelines, context
-  ranks or folded experts send too, which no formula counts yet. More microbatches send more.
+- *GiB sent*: by a rank in a step ([Communication](communication.md)). "-" where pipelines or folded experts send too, which no
+  formula counts yet. More microbatches send more.
 - *Idle*: the part of a step that the ranks of a pipeline wait, by modelled times of an H100.
 
 ## Pretraining
