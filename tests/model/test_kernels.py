@@ -10,12 +10,14 @@ import torch
 from nemohybrid.config.compose import load_config
 from nemohybrid.config.kernels import KernelsSection
 from nemohybrid.errors import ConfigError
+from nemohybrid.model import HybridModel
 from nemohybrid.model.kernels import bind_kernels
-from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.parallel.context import Group, ParallelContext
+from nemohybrid.parallel.context_parallel.ways import Ways
 from nemohybrid.train.build import build_model
 from nemohybrid.train.state import fixed_settings
 from nemohybrid_kernels import activation, attention, conv1d, cross_entropy, mixer, moe, norm, packages, ssd
-from nemohybrid_kernels.attention import Case
+from nemohybrid_kernels.attention import Case, flex
 from nemohybrid_kernels.conv1d import package
 from nemohybrid_kernels.names import BACKENDS, WITHOUT_SOFTCAP
 from nemohybrid_kernels.ssd import mamba_ssm
@@ -116,6 +118,20 @@ def test_a_model_of_plain_pytorch_computes_the_same(tiny_model, token_rows, grad
     want = gradients(model, model(ids))
     bound(model, **TORCH)
     assert_close_to_scale(gradients(model, model(ids)), want, 1e-5)
+
+
+def test_a_ring_takes_what_knows_parts_of_an_attention(tiny_config, monkeypatch):
+    """Of a backend that does not, PyTorch's fused kernels take the place; without a ring nothing is said of them."""
+    monkeypatch.setattr(flex, "obstacle", lambda case, device: None)
+    asked = {"auto": "sdpa (auto)", "sdpa": "sdpa (asked for)", "torch": "torch (asked for)", "flex": "sdpa (auto)"}
+    for way in ("ring", "heads"):
+        context = ParallelContext(CPU, context=Group(2), ways=Ways(attention=way))
+        with torch.device("meta"):
+            model = HybridModel(tiny_config("*"), context)
+        for backend, taken in asked.items():
+            lines = bound(model, attention_backend=backend)
+            assert (f"ring_attention: {taken}" in lines) == (way == "ring")
+            assert any(line.startswith("ring_attention") for line in lines) == (way == "ring")
 
 
 EXTRA = r"pip install 'nemohybrid\[mamba\]'"

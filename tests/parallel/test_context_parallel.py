@@ -17,6 +17,7 @@ from nemohybrid.model.layer import Layer
 from nemohybrid.model.mlp import MLP
 from nemohybrid.model.sequence import SequenceContext, segment_numbers
 from nemohybrid.parallel.context import Group, ParallelContext
+from nemohybrid.parallel.context_parallel import ring
 from nemohybrid.parallel.context_parallel.attention import attend_by_heads
 from nemohybrid.parallel.context_parallel.borders import borders, whole_rows
 from nemohybrid.parallel.context_parallel.heads import by_rank, to_heads, to_tokens
@@ -26,7 +27,7 @@ from nemohybrid.parallel.context_parallel.states import carried
 from nemohybrid.train.batch import Batch
 from nemohybrid.train.parity import observe
 from nemohybrid_kernels.attention import Documents
-from nemohybrid_kernels.attention import parts as attention_parts
+from nemohybrid_kernels.attention.parts import keys as attention_keys
 from nemohybrid_kernels.attention.reference import attention_torch
 from nemohybrid_kernels.ssd.final_state import ssd_final_state
 from nemohybrid_kernels.ssd.reference import ssd_sequential
@@ -164,7 +165,7 @@ def at_once(q, k, v, ids, softcap):
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["uncapped", "capped"])
 def test_attention_is_that_of_the_whole_row(ranks, packed, way, softcap, tmp_path, monkeypatch):
     """Grouped keys; scores are made for a few queries at a time."""
-    monkeypatch.setattr(attention_parts, "SCORES_AT_ONCE", 3 * 12 * 12)
+    monkeypatch.setattr(attention_keys, "SCORES_AT_ONCE", 3 * 12 * 12)
     ids = document_ids() if packed else None
     q, k, v = numbers(3, 12, LENGTH, 5), numbers(3, 3 if ranks == 3 else 4, LENGTH, 5, seed=1), None
     v = numbers(*k.shape, seed=2)
@@ -180,6 +181,37 @@ def test_attention_is_that_of_the_whole_row(ranks, packed, way, softcap, tmp_pat
         got = attended(*(own(x, group, 2) for x in (q, k, v)), ids, softcap, partial(shared, group))
         for mine, whole in zip(got, want, strict=True):
             same(mine, own(whole, group, 2))
+
+    on_ranks(ranks, tmp_path, check)
+
+
+def test_what_a_ring_sends_travels_while_it_computes(tmp_path, monkeypatch):
+    """Keys and values, and going back their gradients: nothing is waited for that the next part does not need."""
+    ranks = 3
+    said, real = [], {name: getattr(ring, name) for name in ("_send", "part_of_attention", "gradients_of_part")}
+
+    def send(x, group):
+        what = "gradients" if x.dtype == torch.float32 else "keys"
+        said.append(f"send {what}")
+        came = real["_send"](x, group)
+        return lambda: said.append(f"take {what}") or came()
+
+    def computed(name):
+        return lambda *given, **more: said.append("compute") or real[name](*given, **more)
+
+    monkeypatch.setattr(ring, "_send", send)
+    for name in ("part_of_attention", "gradients_of_part"):
+        monkeypatch.setattr(ring, name, computed(name))
+
+    def check(group):
+        q, k, v = (numbers(1, heads, 8, 4).bfloat16().requires_grad_() for heads in (2, 1, 1))
+        out = ring_attention(q, k, v, None, group)
+        assert said == [*["send keys", "compute", "take keys"] * (ranks - 1), "compute"]
+        said.clear()
+        out.sum().backward()
+        first, last = ["send keys", "compute", "send gradients"], ["compute", "take gradients", "send gradients"]
+        between = ["send keys", "compute", "take gradients", "send gradients", "take keys"]
+        assert said == [*first, "take keys", *between * (ranks - 2), *last, "take gradients"]
 
     on_ranks(ranks, tmp_path, check)
 

@@ -392,15 +392,26 @@ def keys_of_other_ranks_are_not_attended_to():
 @fault(RING4)
 def gradients_of_keys_end_on_the_neighbour():
     real = ring.gradients_of_part
-    ring.gradients_of_part = lambda q, keys, *rest: (
-        real(q, keys, *rest)[0],
-        *(g.flip(0, 2) for g in real(q, keys, *rest)[1:]),
+    ring.gradients_of_part = lambda *given, **more: (
+        real(*given, **more)[0],
+        *(g.flip(0, 2) for g in real(*given, **more)[1:]),
     )
 
 
 @fault(RING2)
 def parts_of_an_attention_are_joined_as_equals():
     ring.join = lambda out, sums, more: ((out + more[0]) / 2, torch.logaddexp(sums, more[1]))
+
+
+@fault(RING2, "latent")
+def a_part_is_weighed_by_the_sum_over_its_own_keys():
+    real = ring.gradients_of_part
+
+    def alone(q, keys, out, sums, d_out, **more):
+        own = ring.part_of_attention(q, keys)[1]
+        return real(q, keys, out, own.where(own.isfinite(), sums), d_out, **more)
+
+    ring.gradients_of_part = alone
 
 
 @fault(HEADS2)

@@ -25,7 +25,7 @@ from nemohybrid.train.canary_cases import Calls, cases_of
 from nemohybrid.train.run import run
 from nemohybrid_kernels import activation, conv1d, launching, mixer, norm, packages, ssd
 from nemohybrid_kernels import canary as kernel_canary
-from nemohybrid_kernels.attention import blocks, flex
+from nemohybrid_kernels.attention import blocks, flex, parts
 from nemohybrid_kernels.backend import Backend
 from nemohybrid_kernels.canary import check
 from nemohybrid_kernels.conv1d.reference import causal_conv1d_torch
@@ -267,6 +267,21 @@ def test_on_a_gpu_the_kernels_of_pytorch_are_compared_too(tiny_model):
     assert len(ids.unique()) == 5, "one of six experts is to have no tokens"
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+def test_a_ring_is_compared_by_what_it_joins(tiny_model, packed, monkeypatch):
+    """In place of attention at once, which its training steps do not call."""
+    model = tiny_model("*")
+    for layer in (module for module in model.modules() if isinstance(module, Attention)):
+        layer.rings = True
+    (case,) = cases(model, torch.device("cuda"), packed)
+    assert case.name.startswith("ring_attention sdpa: 4 heads of 10, 2 of keys, rows of ")
+    check(case, CPU)
+    real = parts.GRADIENTS["sdpa"]
+    monkeypatch.setitem(parts.GRADIENTS, "sdpa", lambda q, keys, *whole: (*real(q, keys, *whole)[:2], keys.v))
+    with pytest.raises(kernel_canary.KernelMismatch, match="gradient of v is off"):
+        check(case, CPU)
+
+
 def test_a_wrong_activation_is_found_in_feed_forward_layers_and_in_experts(tiny_model, monkeypatch):
     monkeypatch.setattr(activation, "_triton", lambda h: 1.3 * activation.squared_relu_torch(h))
     chosen = {"activation_backend": "triton", "moe_backend": "grouped"}
@@ -354,6 +369,7 @@ def test_the_key_that_avoids_a_kernel_is_named_for_every_operator():
         "gated_rms_norm",
         "squared_relu",
         "attention",
+        "ring_attention",
         "expert_mlp",
     ):
         assert operator in canary.KEYS, f"{source} makes cases of it"

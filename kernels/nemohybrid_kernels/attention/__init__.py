@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemohybrid_kernels.attention import cpp, flash, flex, sdpa
+from nemohybrid_kernels.attention import cpp, flash, flex, parts, sdpa
 from nemohybrid_kernels.attention.case import Case
 from nemohybrid_kernels.attention.packing import Documents
 from nemohybrid_kernels.attention.reference import attention_torch
 from nemohybrid_kernels.backend import Backend, choose
 from nemohybrid_kernels.checks import check_divides, check_shape
 
-__all__ = ["Case", "Documents", "attention", "backends"]
+__all__ = ["Case", "Documents", "attention", "backends", "parts"]
 
 
 def backends(case: Case) -> dict[str, Backend]:

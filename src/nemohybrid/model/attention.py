@@ -64,7 +64,8 @@ class Attention(Mixer):
         heads, groups = config.num_attention_heads or 0, config.num_query_groups or 0
         self.head_dim = config.head_dim or 0
         self.rope_theta = config.attention.rope_theta if config.attention.position_embedding == "rope" else None
-        self.softcap, self.backend, self.way = config.attention.softcap, "auto", context.ways.attention
+        self.softcap, self.backend, self.ring_backend = config.attention.softcap, "auto", "auto"
+        self.rings = context.context.size > 1 and context.ways.attention == "ring"
         qk_norm, epsilon = config.attention.qk_norm, config.norm_epsilon
         self.q_norm, self.k_norm = (optional_norm(qk_norm, self.head_dim, epsilon, "always") for _ in "qk")
         self.v_norm = optional_norm(config.attention.v_norm, self.head_dim, epsilon, "always")
@@ -110,8 +111,8 @@ class Attention(Mixer):
 
     def _attend_shared(self, q: Tensor, k: Tensor, v: Tensor, seq: SequenceContext) -> Tensor:
         """`_attend` for this rank's tokens of rows that others have more of."""
-        if self.way == "ring":
-            return ring_attention(q, k, v, seq.segments, seq.context, self.softcap)
+        if self.rings:
+            return ring_attention(q, k, v, seq.segments, seq.context, self.softcap, self.ring_backend)
         documents = seq.documents(q.device)
         attend = partial(self._attend, mask=None, documents=documents)
         return attend_by_heads(q, k, v, attend, seq.context)

@@ -38,6 +38,7 @@ class Slot:
     backends: Mapping[str, Backend]
     attribute: str = "backend"
     note: str = ""  # the end of a refusal
+    knows_few: bool = False  # of what the key names: "auto" is taken for the others
 
 
 def bind_kernels(
@@ -80,6 +81,9 @@ def slots_of(module: nn.Module, calls: Calls) -> Iterator[Slot]:
         case Attention():
             case_ = attention.Case(calls.dtype, module.head_dim, calls.packed, capped=module.softcap is not None)
             yield Slot("attention", "attention_backend", attention.backends(case_))
+            if module.rings:
+                possible = attention.parts.backends(case_)
+                yield Slot("ring_attention", "attention_backend", possible, "ring_backend", knows_few=True)
         case Experts():
             widths = module.up.shape[2], module.up.shape[1], module.down.shape[2]
             given = module.takes_products
@@ -103,6 +107,8 @@ def _scan_sizes(layer: Mamba2) -> tuple[int, int]:
 
 
 def _decided(slot: Slot, wanted: str, device: torch.device) -> Choice:
+    if slot.knows_few and wanted not in slot.backends:
+        wanted = "auto"
     try:
         return decide(slot.operator, wanted, slot.backends, device)
     except BackendError as error:

@@ -30,6 +30,7 @@ KEYS = {
     "gated_rms_norm": ("norm_backend", "torch"),
     "squared_relu": ("activation_backend", "torch"),
     "attention": ("attention_backend", "torch"),
+    "ring_attention": ("attention_backend", "torch"),
     "expert_mlp": ("moe_backend", "torch"),
     "cross_entropy": ("cross_entropy_backend", "torch"),
 }

@@ -18,6 +18,7 @@ from nemohybrid.model.norm import GatedRMSNorm, RMSNorm
 from nemohybrid_kernels.activation import is_squared_relu, squared_relu
 from nemohybrid_kernels.attention import Documents, attention
 from nemohybrid_kernels.attention.blocks import BLOCK
+from nemohybrid_kernels.attention.parts.halves import attention_in_halves
 from nemohybrid_kernels.canary import Case, Tensors
 from nemohybrid_kernels.conv1d import causal_conv1d
 from nemohybrid_kernels.cross_entropy import linear_cross_entropy
@@ -129,6 +130,8 @@ def _case(module: nn.Module, calls: Calls) -> Case | None:
             return norm_case(module, calls)
         case GatedRMSNorm() if calls.is_suspect(module.backend):
             return gated_norm_case(module, calls)
+        case Attention() if module.rings:
+            return ring_case(module, calls) if calls.is_suspect(module.ring_backend) else None
         case Attention() if calls.is_suspect(module.backend):
             return attention_case(module, calls)
         case MLP() if is_squared_relu(module.activation) and calls.is_suspect(module.backend):
@@ -274,6 +277,23 @@ def attention_case(layer: Attention, calls: Calls) -> Case:
     cap = "" if layer.softcap is None else f", scores capped at {layer.softcap:g}"
     sizes = f"{H} heads of {P}, {K} of keys{cap}, rows of {calls.length}"
     return _made("attention", layer.backend, sizes, calls, inputs, run)
+
+
+def ring_case(layer: Attention, calls: Calls) -> Case:
+    """Of parts as a ring joins them: own keys and those of another rank, with documents that cross the border."""
+    H, K, P = layer.heads, layer.groups, layer.head_dim
+    calls = replace(calls, length=calls.length // 2 * 2)
+
+    def inputs(draw: Draw) -> Tensors:
+        q, k, v = (draw.normal(ROWS, heads, calls.length, P) for heads in (H, K, K))
+        return _with_documents({"q": q, "k": k, "v": v}, calls)
+
+    def run(document_ids: Tensor | None = None, **given: Any) -> Tensor:
+        return attention_in_halves(segments=document_ids, softcap=layer.softcap, **given)
+
+    cap = "" if layer.softcap is None else f", scores capped at {layer.softcap:g}"
+    sizes = f"{H} heads of {P}, {K} of keys{cap}, rows of {calls.length} in halves"
+    return _made("ring_attention", layer.ring_backend, sizes, calls, inputs, run)
 
 
 def activation_case(width: int, backend: str, calls: Calls) -> Case:

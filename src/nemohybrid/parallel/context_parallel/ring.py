@@ -3,7 +3,7 @@
 A row is 2 c halves of a rank's tokens. In order, the last ranks would have all the work of a causal attention and the first
 none; so rank r takes halves r and 2 c - 1 - r while it attends. Of the keys of another rank, a query then sees the first half
 (ranks to the left) or with its second half all of them (ranks to the right): two squares of a half in every step. Going
-back, keys and values go round once more, and their gradients with them.
+back, keys and values go round once more, and their gradients with them. All travel while the next part is computed.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,17 +56,23 @@ class _Plan:
 
 
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, group: Group, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor | None,
+    group: Group,
+    softcap: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """q [B, H, L, P], k and v [B, K, L, P] of this rank's tokens -> causal attention over the whole rows, like q.
 
     segments [B, L]: numbers of documents that are their own in a whole row; None: one a row. Scores and sums are fp32.
-    Differentiable. Collective.
+    backend: of `nemohybrid_kernels.attention.parts`. Differentiable. Collective. Raises BackendError.
     """
     heads = q.shape[1], k.shape[1], v.shape[1]
     q, k, v = balanced(torch.cat([q, k, v], 1), 2, group).split(heads, 1)
     own = None if segments is None else balanced(segments, 1, group)
-    return in_order(_Ring.apply(q, k, v, own, group, softcap), 2, group)  # pyright: ignore[reportArgumentType]
+    return in_order(_Ring.apply(q, k, v, own, group, softcap, backend), 2, group)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -95,13 +101,20 @@ class _Step:
 class _Ring(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, group: Group, softcap: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        own: Tensor | None,
+        group: Group,
+        softcap: float | None,
+        backend: str,
     ) -> Tensor:
-        kv, ctx.group, ctx.softcap = torch.stack([k, v]), group, softcap
+        kv, ctx.group, ctx.softcap, ctx.backend = torch.stack([k, v]), group, softcap, backend
         out = sums = None
         for source, there, theirs in _round(kv, own, group):
             step = _Step.of(source, group.rank, q.shape[2])
-            part = part_of_attention(q[:, :, step.queries], step.seen(there, own, theirs, softcap))
+            part = part_of_attention(q[:, :, step.queries], step.seen(there, own, theirs, softcap), backend)
             if out is None or sums is None:
                 out, sums = part  # its own tokens come first, of which every query sees one
             else:
@@ -116,16 +129,21 @@ class _Ring(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, kv, out, sums, own = ctx.saved_tensors
         d_out, group = gradients[0], ctx.group
-        delta = (d_out.to(sums.dtype) * out.to(sums.dtype)).sum(-1)
-        dq, d_kv = torch.zeros_like(q, dtype=sums.dtype), torch.zeros_like(kv, dtype=sums.dtype)
+        dq, d_kv, coming = torch.zeros_like(q, dtype=sums.dtype), torch.zeros_like(kv, dtype=sums.dtype), None
         for source, there, theirs in _round(kv, own, group):
             step = _Step.of(source, group.rank, q.shape[2])
             at, keys = step.queries, step.seen(there, own, theirs, ctx.softcap)
-            found = gradients_of_part(q[:, :, at], keys, sums[:, :, at], d_out[:, :, at], delta[:, :, at])
+            mine, *whole = (x[:, :, at] for x in (q, out, sums, d_out))
+            found = gradients_of_part(mine, keys, *whole, backend=ctx.backend)
             dq[:, :, at] += found[0]
-            d_kv[:, :, :, step.keys] += torch.stack(found[1:])
-            d_kv = _send(d_kv, group)()  # with what they are the gradients of; at last they are home
-        return dq.to(q.dtype), d_kv[0].to(kv.dtype), d_kv[1].to(kv.dtype), None, None, None
+            d_kv = d_kv if coming is None else coming()  # of ranks that had these keys before
+            for gradient, more in zip(d_kv, found[1:], strict=True):
+                gradient[:, :, step.keys] += more
+            del found  # the next part has enough to hold
+            coming = _send(d_kv, group)  # with what they are the gradients of; at last they are home
+        assert coming is not None, "a ring has a rank"
+        d_kv = coming()
+        return dq.to(q.dtype), d_kv[0].to(kv.dtype), d_kv[1].to(kv.dtype), None, None, None, None
 
 
 def _round(kv: Tensor, own: Tensor | None, group: Group) -> Iterator[tuple[int, Tensor, Tensor | None]]:
