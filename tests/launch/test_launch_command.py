@@ -9,7 +9,7 @@ from nemohybrid.errors import ConfigError
 from nemohybrid.launch import checks
 
 CANARY = "canary-5f1c-9e"
-KUBERNETES = ["kubernetes", "--image", "image:1", "--gpus-per-node", "2"]
+KUBERNETES = ["kubernetes", "--image", "image:1", "--volume", "runs:/tmp", "--gpus-per-node", "2"]
 SLURM = ["slurm", "--gpus-per-node", "2"]
 TORCHRUN = ["torchrun", "--gpus-per-node", "2"]
 LAUNCHERS = pytest.mark.parametrize("launcher", [SLURM, TORCHRUN, KUBERNETES], ids=lambda words: words[0])
@@ -50,6 +50,10 @@ def test_the_ranks_of_a_node_are_known_to_the_rules(rendered, launch, small, mon
         ([*TORCHRUN, "--nodes", "2"], "must know where to meet"),
         ([*TORCHRUN, "--rendezvous", "a:1"], "one machine meets by itself"),
         ([*KUBERNETES, "--name", "Mine"], "--name 'Mine': not understood. Legal: small letters"),
+        (
+            [*KUBERNETES, "--name", "2026"],
+            "--name '2026': not understood. Legal: small letters, digits and -, at most 50, the first a",
+        ),
     ],
     ids=lambda value: " ".join(value[3:]) if isinstance(value, list) else "",
 )
@@ -80,11 +84,26 @@ def test_what_no_script_can_hold_is_refused_with_what_can(launch, small, words, 
         (lambda: checks.mount("/a:b"), "Legal: SOURCE:/TARGET"),
         (lambda: checks.volume("runs"), "Legal: CLAIM:/PATH"),
         (lambda: checks.volume("runs:a"), "Legal: CLAIM:/PATH"),
+        (
+            lambda: checks.on_a_volume("/run/a", None, ["/a", "/run/b"]),
+            "run.dir=/run/a: /run/a would be lost with its container",
+        ),
+        (
+            lambda: checks.on_a_volume("/runs/../a", None, ["/runs"]),
+            "/a would be lost with its container. Legal: a folder in /runs",
+        ),
+        (lambda: checks.on_a_volume("run", "/w", ["/runs"]), "run.dir=run: /w/run would be lost"),
     ],
 )
 def test_every_form_is_checked(check, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         check()
+
+
+def test_a_run_folder_on_a_volume_or_somewhere_in_an_image_is_taken():
+    checks.on_a_volume("/runs/a", None, ["/data", "/runs/"])
+    checks.on_a_volume("a", "/runs", ["/runs"])
+    checks.on_a_volume("runs/a", None, ["/runs"])
 
 
 @pytest.mark.parametrize("word", ["-m", "--cfg"])

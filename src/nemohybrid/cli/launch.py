@@ -36,6 +36,7 @@ def _job(options: argparse.Namespace, argv: Sequence[str], words: Sequence[str],
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
         name=checks.name("--name", options.name) if options.name else _named_like(config.run.name),
+        run_dir=config.run.dir,
         python=checks.one_line("--python", options.python),
         save_seconds=options.save_seconds,
         setup=options.setup and checks.one_line("--setup", options.setup),
@@ -44,8 +45,9 @@ def _job(options: argparse.Namespace, argv: Sequence[str], words: Sequence[str],
 
 
 def _named_like(run: str) -> str:
-    """The name of a run, with `-` for what some scheduler does not take in a name."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in run).strip("-").lower() or "nemohybrid"
+    """The name of a run, as every scheduler takes it: at most 50 small letters, digits and -, the first a letter."""
+    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in run).strip("-").lower() or "nemohybrid"
+    return (name if name[0].isalpha() else f"run-{name}")[:50].rstrip("-")
 
 
 def _torchrun(options: argparse.Namespace, job: Job) -> str:
@@ -83,16 +85,20 @@ def _slurm(options: argparse.Namespace, job: Job) -> str:
 
 def _kubernetes(options: argparse.Namespace, job: Job) -> str:
     legal = "small letters, digits and -, at most 50"
-    for option, text in (("--name", job.name), ("--secret", options.secret), ("--namespace", options.namespace)):
+    checks.matching("--name", job.name, checks.JOB_NAME, f"{legal}, the first a letter")
+    for option, text in (("--secret", options.secret), ("--namespace", options.namespace)):
         if text is not None:
             checks.matching(option, text, checks.CLUSTER_NAME, legal)
+    volumes = tuple(checks.volume(text) for text in options.volume)
+    checks.distinct("--volume", [path for _, path in volumes])
+    checks.on_a_volume(job.run_dir, options.workdir, [path for _, path in volumes])
     cluster = kubernetes.Cluster(
         image=checks.one_line("--image", options.container),
         secret=options.secret,
         max_restarts=options.max_restarts,
         namespace=options.namespace,
         workdir=options.workdir and checks.one_line("--workdir", options.workdir),
-        volumes=tuple(checks.volume(text) for text in options.volume),
+        volumes=volumes,
     )
     return kubernetes.render(job, cluster)
 

@@ -68,11 +68,11 @@ def _kubernetes(p: argparse.ArgumentParser) -> None:
     p.add_argument("--image", dest="container", required=True, help="a container image with nemohybrid in it")
     p.add_argument("--namespace", help="default: that of kubectl")
     p.add_argument("--workdir", metavar="FOLDER", help="in the container (default: that of the image)")
-    volume = "CLAIM:/PATH, a persistent volume that all pods can write to; the run folder must lie on one"
+    volume = "CLAIM:/PATH, a persistent volume that all pods can write to; at least one, for the run folder"
     p.add_argument("--volume", action="append", default=[], metavar="VOLUME", help=volume)
     secret = "of Kubernetes, with the keys WANDB_API_KEY and HF_TOKEN where they are needed (default nemohybrid)"
     p.add_argument("--secret", default="nemohybrid", help=secret)
-    restarts = "of pods that end early, in all (default 20)"
+    restarts = "of the run, whose pods start again together (default 20)"
     p.add_argument("--max-restarts", type=_count, default=20, metavar="N", help=restarts)
     p.set_defaults(elsewhere=True, setup=None)
 

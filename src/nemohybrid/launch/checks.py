@@ -1,14 +1,17 @@
 """What may stand in a script: names, times, mounts, and never a secret."""
 
+import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from nemohybrid.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 NAMES = re.compile(rf"{NAME.pattern}(,{NAME.pattern})*")
 CLUSTER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?")
-"""A label of DNS, with room for what the names of pods have behind it."""
+JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
+"""A label of DNS as RFC 1035 has it, which Kubeflow asks for, with room for what the names of pods have behind it."""
 DIRECTIVE = re.compile(r"--([a-z][a-z-]*)(=[^\s'\"\\#]+)?")
 HOST_AND_PORT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*:\d{1,5}")
 TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<clock>\d+(?::\d+){0,2})")
@@ -107,6 +110,25 @@ def volume(text: str) -> tuple[str, str]:
         legal = "CLAIM:/PATH, the claim in small letters, digits and -"
         raise ConfigError(f"--volume {text!r}: not understood. Legal: {legal}")
     return claim, path
+
+
+def distinct(option: str, targets: Sequence[str]) -> None:
+    """Raises ConfigError where two mounts have the same place."""
+    if twice := [target for i, target in enumerate(targets) if target in targets[:i]]:
+        raise ConfigError(f"{option}: {twice[0]} is given twice. Legal: a place of its own for each")
+
+
+def on_a_volume(run_dir: str, workdir: str | None, places: Sequence[str]) -> None:
+    """Raises ConfigError for a run folder that would be lost with its container. A relative one may lie anywhere in an image."""
+    if not places:
+        raise ConfigError(
+            "no --volume: the run folder would be lost with its container. Give --volume CLAIM:/PATH, and a run.dir on it"
+        )
+    folder = PurePosixPath(posixpath.normpath(posixpath.join(workdir or "", run_dir)))
+    if folder.is_absolute() and not any(folder.is_relative_to(posixpath.normpath(place)) for place in places):
+        raise ConfigError(
+            f"run.dir={run_dir}: {folder} would be lost with its container. Legal: a folder in {' or '.join(places)}"
+        )
 
 
 def refuse_secrets(text: str, environment: Mapping[str, str]) -> None:

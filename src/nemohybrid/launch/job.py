@@ -32,6 +32,7 @@ class Job:
     nodes: int
     gpus_per_node: int
     name: str
+    run_dir: str
     python: str
     save_seconds: int
     setup: str | None = None
