@@ -131,6 +131,25 @@ def test_a_secret_of_the_environment_stands_in_no_script(launch, rendered, small
     assert CANARY not in out + err
 
 
+@pytest.mark.parametrize(
+    "words", [["--setup", f"{CANARY}'s"], ["--", f'run.dir="{CANARY}\'s"'], ["--", f"run.dir='{CANARY}\\'s'"]]
+)
+def test_a_secret_is_found_where_a_script_has_it_quoted(launch, small, words, empty_folder, monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", f"{CANARY}'s")
+    (empty_folder / f"{CANARY}'s").touch()
+    words = words if "--" in words else [*words, "--"]
+    code, out, err = launch(*SLURM, "--dry-run", *words, *small[:-2], small[-1])
+    assert (code, "the value of DB_PASSWORD" in err) == (1, True), err
+    assert CANARY not in out + err
+
+
+def test_a_secret_that_would_be_looked_up_on_the_nodes_is_refused(launch, small, monkeypatch):
+    monkeypatch.setenv("GITHUB_PAT", CANARY)
+    code, out, err = launch(*SLURM, "--dry-run", "--", *small, "run.name=${oc.env:GITHUB_PAT}")
+    assert (code, "run.name=${oc.env:GITHUB_PAT}: would be saved with the run" in err) == (1, True), err
+    assert CANARY not in out + err
+
+
 def test_corpora_on_other_disks_are_not_looked_for_and_everything_else_is_checked(launch, rendered, small):
     absent = [*small, "data.bundled=null", "data.train=absent", "data.tokenizer=absent.json"]
     code, _, err = launch(*SLURM, "--dry-run", "--", *absent)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from nemohybrid.cli.initial_model import with_initial_model
 from nemohybrid.cli.launch_options import parser
 from nemohybrid.config.run_config import RunConfig
+from nemohybrid.config.section import leaves
 from nemohybrid.errors import ConfigError
 from nemohybrid.launch import checks, kubernetes, slurm, torchrun
 from nemohybrid.launch.job import OTHER_FILES, OTHER_PACKAGES, Job, checked_config
@@ -21,7 +22,8 @@ def main(argv: list[str]) -> int:
     unseen = [*(OTHER_PACKAGES if options.container else ()), *(OTHER_FILES if options.elsewhere else ())]
     config = checked_config([*with_initial_model(words), *unseen], options.nodes, options.gpus_per_node)
     text = SCRIPTS[options.launcher](options, _job(options, argv, words, config))
-    checks.refuse_secrets(text, os.environ)
+    values = [str(value) for _, _, value in leaves(config)]
+    checks.refuse_secrets([text, *argv, *values], os.environ)  # the text has them quoted
     if options.dry_run:
         print(text, end="")
         return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemohybrid.config.check import build
@@ -20,6 +20,7 @@ from nemohybrid.config.overrides import usable_overrides
 from nemohybrid.config.required import as_violations, register_resolver, without_required
 from nemohybrid.config.rules import violated_rules
 from nemohybrid.config.run_config import RunConfig
+from nemohybrid.config.secrets import secrets_looked_up
 from nemohybrid.config.violation import Violation, raise_all
 from nemohybrid.errors import ConfigError
 
@@ -76,6 +77,8 @@ def finish(
 ) -> RunConfig:
     """Turn a composed config into a frozen `RunConfig`: typed, sizes filled in, every rule checked."""
     violations = [] if violations is None else violations
+    if told := secrets_looked_up(OmegaConf.to_container(cfg, resolve=False)):
+        raise_all([*violations, *told])  # what else is wrong would show values
     try:
         values, absent = without_required(cfg)
     except OmegaConfBaseException as error:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
+from nemohybrid.config.secrets import is_secret
 from nemohybrid.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -16,7 +17,6 @@ DIRECTIVE = re.compile(r"--([a-z][a-z-]*)(=[^\s'\"\\#]+)?")
 HOST_AND_PORT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*:\d{1,5}")
 TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<clock>\d+(?::\d+){0,2})")
 TIMES = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds"
-SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|JWT)$")
 MOST_AHEAD = 65_535
 """Seconds before the limit at which SLURM can send a signal."""
 LEAST_SECRET = 8
@@ -131,10 +131,11 @@ def on_a_volume(run_dir: str, workdir: str | None, places: Sequence[str]) -> Non
         )
 
 
-def refuse_secrets(text: str, environment: Mapping[str, str]) -> None:
-    """Raises ConfigError, which does not tell it, where the value of a secret of the environment stands in `text`."""
+def refuse_secrets(texts: Iterable[str], environment: Mapping[str, str]) -> None:
+    """Raises ConfigError, which does not tell it, where the value of a secret of the environment stands in one of `texts`."""
+    texts = list(texts)
     for variable, value in environment.items():
-        if SECRET.search(variable) and len(value) >= LEAST_SECRET and value in text:
+        if is_secret(variable) and len(value) >= LEAST_SECRET and any(value in text for text in texts):
             raise ConfigError(
                 f"the script would hold the value of {variable}, for everybody to read. "
                 f"Leave it out: the run takes {variable} from the environment"
