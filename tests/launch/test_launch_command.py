@@ -154,11 +154,21 @@ def test_corpora_on_other_disks_are_not_looked_for_and_everything_else_is_checke
     absent = [*small, "data.bundled=null", "data.train=absent", "data.tokenizer=absent.json"]
     code, _, err = launch(*SLURM, "--dry-run", "--", *absent)
     assert (code, "absent.bin" in err) == (1, True), err
-    script = rendered(*SLURM, "--elsewhere", "--", *absent)
-    assert "    data.train=absent\n" in script
-    assert "shakespeare" not in script.replace("data=shakespeare", ""), "a stand-in for the check reached the script"
-    code, _, err = launch(*SLURM, "--elsewhere", "--dry-run", "--", *absent, "train.global_batch=3")
-    assert (code, "train.global_batch=3" in err) == (1, True), err
+    far = ["data.valid=a/b", "init_from=c", "resume=d/step_00000001"]
+    assert "    data.train=absent\n" in rendered(*SLURM, "--elsewhere", "--", *absent, *far)
+    elsewhere = [*SLURM, "--elsewhere", "--dry-run", "--", *absent]
+    faulty = ["resume=atuo", "data.tokenizer=bpe:1024", "data.split=[0]"]
+    _, _, err = launch(*elsewhere, *faulty, "data.train={a: 1, ./a: 1}")
+    for word in (*faulty, "is neither auto, never, nor a checkpoint folder", "a and ./a are the same corpus"):
+        assert word in err
+    _, _, err = launch(*elsewhere, "train.global_batch=3", "train.evaluate_every=2")
+    assert ("train.global_batch=3" in err, "there is no validation data" in err) == (True, True), err
+    words = ["data.bundled=shakespeare", "data.tokenizer=byt", "resume=7.5"]
+    _, _, err = launch(*KUBERNETES, "--dry-run", "--", *absent, *words)
+    for word in ("give either data.bundled or data.train, not both", "data.tokenizer=byt: no such file", "resume=7.5"):
+        assert word in err
+    _, _, err = launch(*KUBERNETES, "--dry-run", "--", *small, "data.bundled=null")
+    assert "no training data" in err
 
 
 def test_packages_of_a_container_are_not_looked_for_here(launch, rendered, small):

@@ -11,7 +11,7 @@ from nemohybrid.config.run_config import RunConfig
 from nemohybrid.config.section import leaves
 from nemohybrid.errors import ConfigError
 from nemohybrid.launch import checks, kubernetes, slurm, torchrun
-from nemohybrid.launch.job import OTHER_FILES, OTHER_PACKAGES, Job, checked_config
+from nemohybrid.launch.job import Job, checked_config
 from nemohybrid.launch.submit import become, hand_to
 
 
@@ -19,8 +19,8 @@ def main(argv: list[str]) -> int:
     """Write the script and start it; returns the status of who was given it. Raises ConfigError for what cannot run."""
     options = parser().parse_args(argv)
     words = [checks.one_line("OVERRIDE", word) for word in options.overrides]
-    unseen = [*(OTHER_PACKAGES if options.container else ()), *(OTHER_FILES if options.elsewhere else ())]
-    config = checked_config([*with_initial_model(words), *unseen], options.nodes, options.gpus_per_node)
+    unseen = ["packages"] * bool(options.container) + ["files"] * options.elsewhere
+    config = checked_config(with_initial_model(words), options.nodes, options.gpus_per_node, unseen)
     text = SCRIPTS[options.launcher](options, _job(options, argv, words, config))
     values = [str(value) for _, _, value in leaves(config)]
     checks.refuse_secrets([text, *argv, *values], os.environ)  # the text has them quoted
