@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from nemohybrid.errors import ConfigError
-from nemohybrid.launch import checks
+from nemohybrid.launch import checks, slurm
 
 CANARY = "canary-5f1c-9e"
 KUBERNETES = ["kubernetes", "--image", "image:1", "--volume", "runs:/tmp", "--gpus-per-node", "2"]
@@ -75,7 +75,12 @@ def test_what_no_script_can_hold_is_refused_with_what_can(launch, small, words, 
         (lambda: checks.names("--partition", "a,,b"), "--partition 'a,,b'"),
         (lambda: checks.name("--account", "a b"), "--account 'a b'"),
         (lambda: checks.name("--name", "a\n#SBATCH"), "--name"),
-        (lambda: checks.directive("--time=9", ["time"]), "--sbatch=--time=9: the script sets it"),
+        (lambda: checks.directive("--time=9", ["time"]), "--sbatch=--time=9: the script decides about --time. Legal"),
+        (lambda: checks.directive("--tim=9", ["time"]), "--sbatch=--tim=9: the script decides about --time"),
+        (lambda: checks.directive("--gpu-bind=single:1", slurm.taken(False)), "decides about --gpu-bind"),
+        (lambda: checks.directive("--gres=gpu:4", slurm.taken(False)), "decides about --gres"),
+        (lambda: checks.directive("--no-req", slurm.taken(False)), "decides about --no-requeue"),
+        (lambda: checks.directive("--mem-per-gpu=9G", slurm.taken(True)), "decides about --mem-per-gpu"),
         (lambda: checks.directive("qos", []), "an option of sbatch in one word"),
         (lambda: checks.directive("--comment=a b", []), "an option of sbatch in one word"),
         (lambda: checks.directive("--comment=a\n", []), "an option of sbatch in one word"),

@@ -164,6 +164,42 @@ def test_sbatch_is_given_the_script_and_its_status_is_passed_on(launch, rendered
     assert launch(*words)[0] == 3
 
 
+def test_memory_can_be_asked_for_where_nodes_are_shared(rendered, small):
+    script = rendered(
+        "slurm", *TWO_RANKS, "--share-nodes", "--sbatch=--mem=200G", "--sbatch=--exclusive=user", "--", *small
+    )
+    assert re.findall("#SBATCH --(mem.*|exclusive.*)", script) == ["mem=200G", "exclusive=user"]
+
+
+def test_variables_of_the_shell_change_nothing_that_the_script_decides(launch, cluster, small, monkeypatch):
+    """To sbatch they count more than the lines in a script."""
+    mine = {
+        "TIMELIMIT": "1",
+        "NO_REQUEUE": "1",
+        "SIGNAL": "B:TERM@9",
+        "GPU_BIND": "single:1",
+        "ACCOUNT": "a",
+        "QOS": "low",
+    }
+    kept = {"PARTITION": "mine", "CONSTRAINT": "h100"}
+    for name, value in (mine | kept).items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    code, _, err = launch("slurm", *TWO_RANKS, "--account", "b", "--sbatch=--qos=high", "--", *small)
+    assert code == 0
+    asked = json.loads((cluster.folder / "asked").read_text())
+    said = {
+        "time": "24:00:00",
+        "signal": "USR1@300",
+        "account": "b",
+        "qos": "high",
+        "partition": "mine",
+        "constraint": "h100",
+    }
+    assert {name: asked[name] for name in said} == said
+    assert not asked.keys() & {"no-requeue", "gpu-bind"}
+    assert set(re.findall("SBATCH_([A-Z_]+) of this shell is left out", err)) == set(mine)
+
+
 def test_directives_stand_before_the_first_command(rendered, small):
     lines = rendered("slurm", *TWO_RANKS, "--", *small).splitlines()
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))

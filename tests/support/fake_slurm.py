@@ -3,12 +3,14 @@
     python fake_slurm.py srun|scontrol|sbatch ARGUMENT...
 
 FAKE_SLURM names a folder in which they write down what they were asked: `requeued` a line a job, `submitted` the script,
-`srun` the options, `tasks` the process ids of the tasks, which are what SLURM signals. Statuses are those of srun(1), and a
-cluster may kill all tasks after the first that fails (KillOnBadExit), as this one does unless it is told otherwise.
+`asked` what became of its options, `srun` those of srun, `tasks` the process ids of the tasks, which are what SLURM signals.
+Statuses are those of srun(1), and a cluster may kill all tasks after the first that fails (KillOnBadExit), as this one does
+unless it is told otherwise.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,8 +21,15 @@ FOLDER = Path(os.environ["FAKE_SLURM"])
 
 
 def sbatch(words: list[str]) -> int:
-    """Takes a script on standard input and keeps it."""
-    (FOLDER / "submitted").write_text(sys.stdin.read())
+    """Takes a script on standard input and keeps it. Variables SBATCH_... win over options in it."""
+    script = sys.stdin.read()
+    (FOLDER / "submitted").write_text(script)
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
+    for variable, value in os.environ.items():
+        if variable.startswith("SBATCH_"):
+            name = variable.removeprefix("SBATCH_").lower().replace("_", "-")
+            asked[{"timelimit": "time"}.get(name, name)] = value
+    (FOLDER / "asked").write_text(json.dumps(asked))
     print("Submitted batch job 4242")
     return int(os.environ.get("FAKE_SBATCH_STATUS", 0))
 

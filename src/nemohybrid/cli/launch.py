@@ -27,7 +27,10 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         print(text, end="")
         return 0
-    return hand_to(READERS[options.launcher], text) if options.launcher in READERS else become(text)
+    if options.launcher not in READERS:
+        become(text)
+    outvoting = slurm.outvoting(text, os.environ) if options.launcher == "slurm" else {}
+    return hand_to(READERS[options.launcher], text, outvoting)
 
 
 def _job(options: argparse.Namespace, argv: Sequence[str], words: Sequence[str], config: RunConfig) -> Job:
@@ -78,7 +81,7 @@ def _slurm(options: argparse.Namespace, job: Job) -> str:
         whole_nodes=not options.share_nodes,
         partition=options.partition and checks.names("--partition", options.partition),
         account=options.account and checks.name("--account", options.account),
-        directives=tuple(checks.directive(text, slurm.SET_BY_THE_SCRIPT) for text in options.sbatch),
+        directives=tuple(checks.directive(text, slurm.taken(not options.share_nodes)) for text in options.sbatch),
         image=options.container and checks.one_line("--container-image", options.container),
         mounts=tuple(checks.mount(text) for text in options.mount),
     )

@@ -51,7 +51,7 @@ def _slurm(p: argparse.ArgumentParser) -> None:
     p.add_argument("--account", help="who pays (default: yours)")
     cores = "cores of a rank: those of a node / GPUs (default 8)"
     p.add_argument("--cpus-per-task", type=whole_number, default=8, metavar="N", help=cores)
-    share = "others may use the rest of a node; without it nobody may"
+    share = "others may use the rest of a node, and --sbatch=--mem=... says how much is yours; without it nobody may"
     p.add_argument("--share-nodes", action="store_true", help=share)
     p.add_argument("--max-requeues", type=_count, default=20, metavar="N", help="starts after the first (default 20)")
     p.add_argument("--logs", default="logs", metavar="FOLDER", help="a file an attempt (default logs)")

@@ -75,13 +75,14 @@ def room_to_save(time: str, save_seconds: int) -> None:
 
 
 def directive(text: str, taken: Iterable[str]) -> str:
-    """An option of sbatch that is passed on. Raises ConfigError for those in `taken`, which the script itself sets."""
+    """An option of sbatch that is passed on. Raises ConfigError for those in `taken`, and for short forms of them."""
     matching("--sbatch", text, DIRECTIVE, "an option of sbatch in one word, e.g. --sbatch=--qos=high")
     found = DIRECTIVE.fullmatch(text)
     assert found is not None
-    if found[1] in taken:
+    if meant := next((option for option in taken if option.startswith(found[1])), None):
         raise ConfigError(
-            f"--sbatch={text}: the script sets it. Legal: the options of `nemohybrid launch slurm --help`"
+            f"--sbatch={text}: the script decides about --{meant}. Legal: the options of `nemohybrid launch slurm --help`, "
+            "or what --dry-run prints, edited"
         )
     return text
 
