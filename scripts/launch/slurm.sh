@@ -44,7 +44,7 @@ export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 
 # Rank 0 lives on the first node; jobs that share it must not share the port.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR="${hosts[0]}"
+export MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 overrides=(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run under SLURM that saves before its time is up and queues up again until it is complete. docs/launch.md explains it.
 # Submit it in the folder where the run shall work: sbatch SCRIPT. Written by:
-# nemohybrid launch slurm --nodes 2 --time 24:00:00 --container-image 'nvcr.io#nvidia/pytorch:26.02-py3' --mount /datasets:/datasets:ro -- model=nemotron_h_8b data.train=corpus/train data.sequence_length=4096 train.global_batch=256 train.microbatch=1 train.recompute=layer train.steps=20000 optim.lr=3e-4 checkpoint.every=500 run.name=mine
+# nemohybrid launch slurm --nodes 2 --time 24:00:00 --container-image /images/nemohybrid.sqsh --mount /datasets:/datasets:ro -- model=nemotron_h_8b data.train=corpus/train data.sequence_length=4096 train.global_batch=256 train.microbatch=1 train.recompute=layer train.steps=20000 optim.lr=3e-4 checkpoint.every=500 run.name=mine
 #SBATCH --job-name=mine
 #SBATCH --nodes=2
 # One task is one rank and has one GPU. Each must see all GPUs of its node, so no --gpus-per-task.
@@ -44,7 +44,7 @@ export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 
 # Rank 0 lives on the first node; jobs that share it must not share the port.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR="${hosts[0]}"
+export MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 overrides=(
@@ -72,10 +72,16 @@ options=(
 # The container, by pyxis. The folder of the job has the same path inside, so that the run folder is found again.
 mounts="$PWD:$PWD"
 mounts+=,/datasets:/datasets:ro
+# What the image sets would win over what is set here, except for variables that pyxis is told by name.
+names=(MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONFAULTHANDLER "${!NCCL_@}" "${!GLOO_@}")
+for name in PYTORCH_ALLOC_CONF TRITON_CACHE_DIR CUDA_DEVICE_MAX_CONNECTIONS; do
+    if [ -n "${!name:-}" ]; then names+=("$name"); fi
+done
 options+=(
-    --container-image='nvcr.io#nvidia/pytorch:26.02-py3'
+    --container-image=/images/nemohybrid.sqsh
     --container-mounts="$mounts"
     --container-workdir="$PWD"
+    --container-env="$(IFS=,; echo "${names[*]}")"
     --no-container-mount-home # packages of ~/.local would get in front of those of the image
 )
 

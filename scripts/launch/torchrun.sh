@@ -19,9 +19,9 @@ export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 # export TRITON_CACHE_DIR=...       # compiled kernels, by default in ~/.triton; where the home folder is a slow network disk
 # CUDA_DEVICE_MAX_CONNECTIONS stays too: Megatron-LM sets it to 1, and refuses that with FSDP, which cuts weights here.
 # torchrun kills ranks that take longer to end after a signal than this many seconds, which must do for a step and a save.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 # A new store for every start. In the one that torchrun would keep, ranks that start again read where dead ones listened.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
 overrides=(
     model=nemotron_h_8b

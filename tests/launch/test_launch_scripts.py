@@ -76,7 +76,7 @@ ODD = ["run.dir=a b", 'sample.prompts=["it\'s *"]']
         [
             "slurm",
             "--container-image",
-            "a b.sqsh",
+            "./a b.sqsh",
             "--mount",
             "/my data:/data",
             "--mount",

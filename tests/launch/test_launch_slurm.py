@@ -116,31 +116,31 @@ def test_every_task_is_told_its_rank_and_the_overrides_arrive_as_they_were_given
     assert (empty_folder / "log files" / f"run-{cluster.job}-attempt0.log").is_file()
 
 
+TELLS_VALUES = 'echo "$NCCL_DEBUG $OMP_NUM_THREADS $MASTER_ADDR" >told'
+
+
 def test_what_is_set_outside_wins_and_what_is_not_has_a_value(rendered, cluster, small, stand_in, empty_folder):
-    script = rendered(
-        "slurm", *TWO_RANKS, "--python", stand_in('echo "$NCCL_DEBUG $OMP_NUM_THREADS" >told'), "--", *small
-    )
-    cluster.run(script, NCCL_DEBUG="INFO", OMP_NUM_THREADS="3")
-    assert (empty_folder / "told").read_text() == "INFO 3\n"
-    cluster.run(script, NCCL_DEBUG="", OMP_NUM_THREADS="")
-    assert (empty_folder / "told").read_text() == "WARN 1\n"
+    script = rendered("slurm", *TWO_RANKS, "--python", stand_in(TELLS_VALUES), "--", *small)
+    cluster.run(script, NCCL_DEBUG="INFO", OMP_NUM_THREADS="3", MASTER_ADDR="10.0.0.7")
+    assert (empty_folder / "told").read_text() == "INFO 3 10.0.0.7\n"
+    cluster.run(script, NCCL_DEBUG="", OMP_NUM_THREADS="", MASTER_ADDR="")
+    assert (empty_folder / "told").read_text() == "WARN 1 localhost\n"
 
 
-def test_a_container_gets_its_mounts_and_the_folder_of_the_job(rendered, cluster, small, stand_in, empty_folder):
-    image = [
-        "--container-image",
-        "nvcr.io#nvidia/pytorch:26.02-py3",
-        "--mount",
-        "/my data:/data:ro",
-        "--mount",
-        "/c:/c",
-    ]
-    status, out = cluster.run(rendered("slurm", *TWO_RANKS, *image, "--python", stand_in("exit 0"), "--", *small))
+def test_a_container_gets_its_mounts_its_variables_and_the_folder_of_the_job(
+    rendered, cluster, small, stand_in, empty_folder
+):
+    image = ["--container-image", "nvcr.io#team/image:1", "--mount", "/my data:/data:ro", "--mount", "/c:/c"]
+    script = rendered("slurm", *TWO_RANKS, *image, "--python", stand_in(TELLS_VALUES), "--", *small)
+    there = {"NCCL_DEBUG": "TRACE", "MASTER_ADDR": "nowhere", "OMP_NUM_THREADS": "64"}
+    status, out = cluster.run(script, FAKE_IMAGE=json.dumps(there), NCCL_IB_HCA="=mlx5_0", TRITON_CACHE_DIR="/t")
     assert status == 0, out
+    assert (empty_folder / "told").read_text() == "WARN 1 localhost\n"
     options = json.loads((cluster.folder / "srun").read_text())
-    assert options["--container-image"] == "nvcr.io#nvidia/pytorch:26.02-py3"
+    assert options["--container-image"] == "nvcr.io#team/image:1"
     assert options["--container-mounts"] == f"{empty_folder}:{empty_folder},/my data:/data:ro,/c:/c"
     assert options["--container-workdir"] == str(empty_folder)
+    assert {"NCCL_IB_HCA", "TRITON_CACHE_DIR"} < set(options["--container-env"].split(","))
 
 
 def test_sbatch_is_given_the_script_and_its_status_is_passed_on(launch, rendered, cluster, small, monkeypatch):

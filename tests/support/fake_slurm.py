@@ -53,7 +53,8 @@ def srun(words: list[str]) -> int:
     nodes, per_node = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
     ranks = range(nodes * per_node)
     with open(options["--output"], "w") as log:  # noqa: PTH123 - a plain string
-        tasks = [subprocess.Popen(command, env=_task(r, nodes, per_node), stdout=log, stderr=log) for r in ranks]
+        places = [_task(r, nodes, per_node) | _of_image(options) for r in ranks]
+        tasks = [subprocess.Popen(command, env=place, stdout=log, stderr=log) for place in places]
     (FOLDER / "tasks.new").write_text(" ".join(str(task.pid) for task in tasks))
     (FOLDER / "tasks.new").rename(FOLDER / "tasks")
     _wait(tasks, strict=options.get("--kill-on-bad-exit") != "0", patience=float(options.get("--wait") or 0))
@@ -74,6 +75,15 @@ def _task(rank: int, nodes: int, per_node: int) -> dict[str, str]:
         "SLURM_NNODES": nodes,
     }
     return os.environ | {name: str(value) for name, value in mine.items()}
+
+
+def _of_image(options: dict[str, str]) -> dict[str, str]:
+    """FAKE_IMAGE holds what an image sets, as JSON. It wins over the job, except for variables that pyxis is told by name."""
+    named = options.get("--container-env", "").split(",")
+    absent = [name for name in named if name and name not in os.environ]
+    assert not absent, f"--container-env names {absent}, which nobody set"
+    there = json.loads(os.environ.get("FAKE_IMAGE", "{}")) if "--container-image" in options else {}
+    return {name: value for name, value in there.items() if name not in named}
 
 
 def _wait(tasks: list[subprocess.Popen], strict: bool, patience: float) -> None:

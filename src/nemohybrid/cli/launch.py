@@ -82,7 +82,7 @@ def _slurm(options: argparse.Namespace, job: Job) -> str:
         partition=options.partition and checks.names("--partition", options.partition),
         account=options.account and checks.name("--account", options.account),
         directives=tuple(checks.directive(text, slurm.taken(not options.share_nodes)) for text in options.sbatch),
-        image=options.container and checks.one_line("--container-image", options.container),
+        image=options.container and checks.image(options.container),
         mounts=tuple(checks.mount(text) for text in options.mount),
     )
     return slurm.render(job, queue)

@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   nemohybrid launch torchrun --gpus-per-node 8 -- model=tiny data.train=corpus/train run.dir=runs/mine
   nemohybrid launch torchrun --nodes 2 --rendezvous node1:29400 -- ...      # the same on each of the two machines
   nemohybrid launch slurm --nodes 4 --time 24:00:00 --partition gpu -- ...
-  nemohybrid launch slurm --container-image nvcr.io#nvidia/pytorch:26.02-py3 --dry-run -- ...
+  nemohybrid launch slurm --container-image /images/nemohybrid.sqsh --dry-run -- ...
   nemohybrid launch kubernetes --nodes 2 --image registry/nemohybrid:1 --volume runs:/workspace/runs -- ...
 
 nemohybrid launch LAUNCHER --help has the options of each."""
@@ -57,7 +57,7 @@ def _slurm(p: argparse.ArgumentParser) -> None:
     p.add_argument("--logs", default="logs", metavar="FOLDER", help="a file an attempt (default logs)")
     further = "a further option of sbatch, as --sbatch=--qos=high; repeat it for more"
     p.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=further)
-    image = "by pyxis and enroot: nvcr.io#nvidia/pytorch:26.02-py3, or a file .sqsh"
+    image = "with nemohybrid in it, by pyxis and enroot: a file .sqsh, or REGISTRY#IMAGE:TAG"
     p.add_argument("--container-image", dest="container", metavar="IMAGE", help=image)
     mount = "SOURCE:/TARGET in the container; repeat it for more. The folder of the job is there without"
     p.add_argument("--mount", action="append", default=[], metavar="MOUNT", help=mount)

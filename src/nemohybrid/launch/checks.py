@@ -94,6 +94,13 @@ def one_line(option: str, text: str) -> str:
     return text
 
 
+def image(text: str) -> str:
+    """An image for pyxis. Raises ConfigError for a file that it would look for in a registry."""
+    if text.endswith((".sqsh", ".squashfs")) and not text.startswith((".", "/")):
+        raise ConfigError(f"--container-image {text!r}: without a / in front it is no file to pyxis. Legal: ./{text}")
+    return one_line("--container-image", text)
+
+
 def mount(text: str) -> str:
     """SOURCE:TARGET or SOURCE:TARGET:OPTIONS. Raises ConfigError for what pyxis would cut elsewhere."""
     parts = one_line("--mount", text).split(":")
