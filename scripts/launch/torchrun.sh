@@ -2,6 +2,7 @@
 # A run on the GPUs of one machine. docs/launch.md explains it. Written by:
 # nemohybrid launch torchrun --gpus-per-node 8 -- model=nemotron_h_8b data.train=corpus/train data.sequence_length=4096 train.global_batch=256 train.microbatch=1 train.recompute=layer train.steps=20000 optim.lr=3e-4 checkpoint.every=500 run.name=mine
 
+# shellcheck disable=SC2016 # a dollar sign in '...' is meant as it stands, in the whole script
 set -euo pipefail
 
 # Libraries. What is set already when the script starts stays as it is.

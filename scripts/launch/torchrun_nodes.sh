@@ -3,6 +3,7 @@
 # docs/launch.md explains it. Written by:
 # nemohybrid launch torchrun --nodes 2 --rendezvous node1:29400 -- model=nemotron_h_8b data.train=corpus/train data.sequence_length=4096 train.global_batch=256 train.microbatch=1 train.recompute=layer train.steps=20000 optim.lr=3e-4 checkpoint.every=500 run.name=mine
 
+# shellcheck disable=SC2016 # a dollar sign in '...' is meant as it stands, in the whole script
 set -euo pipefail
 
 # Libraries. What is set already when the script starts stays as it is.

@@ -69,8 +69,11 @@ def test_what_no_script_can_hold_is_refused_with_what_can(launch, small, words, 
         (lambda: checks.seconds_of("tomorrow"), "--time 'tomorrow': no time of SLURM. Legal: minutes, "),
         (lambda: checks.seconds_of("1:2:3:4"), "no time of SLURM"),
         (lambda: checks.seconds_of("0"), "without a limit nothing asks the run to save"),
-        (lambda: checks.room_to_save("5", 300), "--save-seconds 300: of 300 s of --time 5 nothing would be left"),
-        (lambda: checks.room_to_save("6", 300), "nothing would be left"),
+        (lambda: checks.room_to_save("5", 300), "--save-seconds 300: of 300 s of --time 5 not a minute would be left"),
+        (
+            lambda: checks.room_to_save("6:59", 300),
+            "not a minute would be left to train. Legal: up to 299, or a longer --time",
+        ),
         (lambda: checks.room_to_save("9-0", 70_000), "at most 65535 s ahead"),
         (lambda: checks.names("--partition", "a,,b"), "--partition 'a,,b'"),
         (lambda: checks.name("--account", "a b"), "--account 'a b'"),
@@ -88,9 +91,19 @@ def test_what_no_script_can_hold_is_refused_with_what_can(launch, small, words, 
             lambda: checks.image("a.sqsh"),
             "--container-image 'a.sqsh': without a / in front it is no file to pyxis. Legal: ./a.sqsh",
         ),
-        (lambda: checks.mount("/a,b:/c"), "Legal: SOURCE:/TARGET"),
-        (lambda: checks.mount("/a"), "Legal: SOURCE:/TARGET"),
-        (lambda: checks.mount("/a:b"), "Legal: SOURCE:/TARGET"),
+        (lambda: checks.mount("/a,b:/c"), "Legal: /SOURCE:/TARGET"),
+        (lambda: checks.mount("/a"), "Legal: /SOURCE:/TARGET"),
+        (lambda: checks.mount("/a:b"), "Legal: /SOURCE:/TARGET"),
+        (lambda: checks.mount("a:/b"), "Legal: /SOURCE:/TARGET, ./SOURCE:/TARGET"),
+        (lambda: checks.mount("/a:/b:bogus"), "with options as :ro+nosuid"),
+        (lambda: checks.distinct("--mount", ["/a", "/b", "/a"]), "--mount: /a is given twice"),
+        (
+            lambda: checks.rendezvous("a:99999"),
+            "--rendezvous 'a:99999': not understood. Legal: HOST:PORT, the port up to 65535",
+        ),
+        (lambda: checks.program("uv run python"), "--python 'uv run python': is one word to the script"),
+        (lambda: checks.setup("absent.sh", look=True), "--setup 'absent.sh': no such file here"),
+        (lambda: checks.setup("", look=False), "--setup '': must be printable text in one line"),
         (lambda: checks.volume("runs"), "Legal: CLAIM:/PATH"),
         (lambda: checks.volume("runs:a"), "Legal: CLAIM:/PATH"),
         (
@@ -107,6 +120,16 @@ def test_what_no_script_can_hold_is_refused_with_what_can(launch, small, words, 
 def test_every_form_is_checked(check, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         check()
+
+
+def test_what_is_right_is_taken_as_it_is(monkeypatch):
+    checks.room_to_save("7:00", 300)
+    for text in ("/a:/b", "./a:/b:ro", "/my data:/d:ro+nosuid+x-create=dir", "tmpfs:/t"):
+        assert checks.mount(text) == text
+    assert checks.program("/a b/python") == "/a b/python"
+    assert checks.setup("env.sh", look=False) == "./env.sh"
+    monkeypatch.setenv("HOME", "/home/me")
+    assert checks.setup("~/env.sh", look=False) == "/home/me/env.sh"
 
 
 def test_a_run_folder_on_a_volume_or_somewhere_in_an_image_is_taken():
@@ -200,3 +223,9 @@ def test_a_script_says_by_which_command_it_was_written(rendered, small, launcher
     text = rendered(*launcher, "--", *small)
     (line,) = re.findall(r"^# (nemohybrid launch .*)$", text, re.MULTILINE)
     assert shlex.split(line)[2:] == [*launcher, "--", *small]
+
+
+def test_options_are_written_out(launch, small):
+    """A script says by which command it was written, without `--dry-run`."""
+    code, out, _ = launch(*SLURM, "--dry", "--", *small)
+    assert (code, out) == (2, "")

@@ -104,7 +104,7 @@ def test_every_task_is_told_its_rank_and_the_overrides_arrive_as_they_were_given
 ):
     odd = ["run.dir=a b", 'sample.prompts=["it\'s $HOME `x` {{name}}"]']
     setup = empty_folder / "set up.sh"
-    setup.write_text("echo from the setup $NOT_SET\n")
+    setup.write_text("echo from the setup $NOT_SET\ngrep -q nothing /dev/null\nfalse | true\n")
     options = ["--nodes", "2", *TWO_RANKS, "--python", stand_in(TELLS), "--setup", "set up.sh", "--logs", "log files"]
     status, out = cluster.run(rendered("slurm", *options, "--", *small, *odd))
     assert status == 0, out
@@ -114,6 +114,22 @@ def test_every_task_is_told_its_rank_and_the_overrides_arrive_as_they_were_given
         assert first == f"{rank} {rank % 2} 4 2 localhost"
         assert words == ["-m", "nemohybrid", "train", *small, *odd]
     assert (empty_folder / "log files" / f"run-{cluster.job}-attempt0.log").is_file()
+
+
+def test_a_setup_that_is_not_on_the_node_starts_nothing_and_is_named(rendered, cluster, small, stand_in, empty_folder):
+    options = ["--elsewhere", "--setup", "absent.sh", "--python", stand_in("touch started")]
+    status, out = cluster.run(rendered("slurm", *TWO_RANKS, *options, "--", *small))
+    assert (status, (empty_folder / "started").exists()) == (1, False)
+    assert "cannot read ./absent.sh, the file of --setup" in out
+
+
+def test_a_setup_is_that_of_this_folder_and_not_one_on_path(rendered, cluster, small, stand_in, empty_folder):
+    stand_in("exit 9", "env.sh")
+    (empty_folder / "env.sh").write_text("echo from here\n")
+    status, out = cluster.run(
+        rendered("slurm", *TWO_RANKS, "--setup", "env.sh", "--python", stand_in("exit 0"), "--", *small)
+    )
+    assert (status, "from here" in out) == (0, True), out
 
 
 TELLS_VALUES = 'echo "$NCCL_DEBUG $OMP_NUM_THREADS $MASTER_ADDR" >told'

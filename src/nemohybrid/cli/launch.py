@@ -42,9 +42,9 @@ def _job(options: argparse.Namespace, argv: Sequence[str], words: Sequence[str],
         gpus_per_node=options.gpus_per_node,
         name=checks.name("--name", options.name) if options.name else _named_like(config.run.name),
         run_dir=config.run.dir,
-        python=checks.one_line("--python", options.python),
+        python=checks.program(options.python),
         save_seconds=options.save_seconds,
-        setup=options.setup and checks.one_line("--setup", options.setup),
+        setup=None if options.setup is None else checks.setup(options.setup, look=not options.elsewhere),
         on_gpus=config.run.device != "cpu",
     )
 
@@ -64,7 +64,7 @@ def _torchrun(options: argparse.Namespace, job: Job) -> str:
     if not several and where is not None:
         raise ConfigError("--rendezvous: one machine meets by itself. Leave it out, or give --nodes")
     if where is not None:
-        checks.matching("--rendezvous", where, checks.HOST_AND_PORT, "HOST:PORT, e.g. node1:29400")
+        checks.rendezvous(where)
     restarts = (3 if several else 0) if options.max_restarts is None else options.max_restarts
     return torchrun.render(job, restarts, where)
 
@@ -73,6 +73,8 @@ def _slurm(options: argparse.Namespace, job: Job) -> str:
     checks.room_to_save(options.time, options.save_seconds)
     if options.mount and not options.container:
         raise ConfigError("--mount: there is no container to mount it in. Give --container-image, or leave it out")
+    mounts = tuple(checks.mount(text) for text in options.mount)
+    checks.distinct("--mount", [text.split(":")[1] for text in mounts])
     queue = slurm.Queue(
         time=options.time,
         cpus_per_task=options.cpus_per_task,
@@ -83,7 +85,7 @@ def _slurm(options: argparse.Namespace, job: Job) -> str:
         account=options.account and checks.name("--account", options.account),
         directives=tuple(checks.directive(text, slurm.taken(not options.share_nodes)) for text in options.sbatch),
         image=options.container and checks.image(options.container),
-        mounts=tuple(checks.mount(text) for text in options.mount),
+        mounts=mounts,
     )
     return slurm.render(job, queue)
 

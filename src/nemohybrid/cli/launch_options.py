@@ -78,6 +78,7 @@ def _kubernetes(p: argparse.ArgumentParser) -> None:
 
 
 def _common(p: argparse.ArgumentParser) -> None:
+    p.allow_abbrev = False  # a script would say that a short --dry had written it
     p.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="behind --: those of `nemohybrid train`")
     p.add_argument("--nodes", type=whole_number, default=1, metavar="N", help="machines (default 1)")
     gpus = "ranks of a machine, one for each GPU; with run.device=cpu so many processes (default 8)"

@@ -2,6 +2,7 @@
 # A run on the GPUs of one machine. docs/launch.md explains it. Written by:
 # {{command}}
 
+# shellcheck disable=SC2016 # a dollar sign in '...' is meant as it stands, in the whole script
 set -euo pipefail
 
 {{setup}}

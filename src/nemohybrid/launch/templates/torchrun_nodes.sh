@@ -3,6 +3,7 @@
 # docs/launch.md explains it. Written by:
 # {{command}}
 
+# shellcheck disable=SC2016 # a dollar sign in '...' is meant as it stands, in the whole script
 set -euo pipefail
 
 {{setup}}
