@@ -56,6 +56,16 @@ def test_who_ends_first_with_75_does_not_have_the_others_killed(rendered, cluste
     assert (status, cluster.requeued()) == (75, [cluster.job]), out
 
 
+def test_a_rank_that_hangs_after_the_others_ended_is_killed_and_nothing_is_queued_again(
+    rendered, cluster, small, stand_in
+):
+    python = stand_in('[ "$RANK" = 0 ] || exec sleep 60; exit 75')
+    script = rendered("slurm", *TWO_RANKS, "--python", python, "--", *small)
+    assert "--wait=60 " in script
+    status, out = cluster.run(script.replace("--wait=60 ", "--wait=0.1 "))
+    assert (status, cluster.requeued()) == (137, []), out
+
+
 STOPS_WHEN_ASKED = """trap 'exit 75' USR1 TERM
 touch "started$RANK"
 while :; do sleep 0.05; done"""
@@ -96,7 +106,7 @@ def test_a_cluster_that_refuses_to_queue_again_is_said(rendered, cluster, small,
     assert "cannot be queued again" in out
 
 
-TELLS = 'printf "%s\\n" "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR" "$@" >"told$RANK"'
+TELLS = 'printf "%s\\n" "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $SLURM_CPUS_PER_TASK" "$@" >"told$RANK"'
 
 
 def test_every_task_is_told_its_rank_and_the_overrides_arrive_as_they_were_given(
@@ -106,12 +116,13 @@ def test_every_task_is_told_its_rank_and_the_overrides_arrive_as_they_were_given
     setup = empty_folder / "set up.sh"
     setup.write_text("echo from the setup $NOT_SET\ngrep -q nothing /dev/null\nfalse | true\n")
     options = ["--nodes", "2", *TWO_RANKS, "--python", stand_in(TELLS), "--setup", "set up.sh", "--logs", "log files"]
-    status, out = cluster.run(rendered("slurm", *options, "--", *small, *odd))
+    script = rendered("slurm", *options, "--", *small, *odd)
+    status, out = cluster.run(script, SLURM_JOB_NODELIST="node[1-2]", SLURM_EXPORT_ENV="NONE")
     assert status == 0, out
     assert "from the setup" in out
     for rank in range(4):
         first, *words = (empty_folder / f"told{rank}").read_text().splitlines()
-        assert first == f"{rank} {rank % 2} 4 2 localhost"
+        assert first == f"{rank} {rank % 2} 4 2 node1 8"
         assert words == ["-m", "nemohybrid", "train", *small, *odd]
     assert (empty_folder / "log files" / f"run-{cluster.job}-attempt0.log").is_file()
 

@@ -37,7 +37,7 @@ def sbatch(words: list[str]) -> int:
 def scontrol(words: list[str]) -> int:
     """`show hostnames LIST`, and `requeue JOB`, which a cluster may refuse."""
     if words[:2] == ["show", "hostnames"]:
-        print("\n".join(words[2].split(",")))
+        print("\n".join(_hosts(words[2])))
         return 0
     assert words[0] == "requeue", words
     with (FOLDER / "requeued").open("a") as file:
@@ -45,15 +45,26 @@ def scontrol(words: list[str]) -> int:
     return int(os.environ.get("FAKE_REQUEUE_STATUS", 0))
 
 
+def _hosts(names: str) -> list[str]:
+    """`node[1-2]` -> node1, node2, as SLURM writes a list."""
+    found = re.fullmatch(r"(\w+)\[(\d+)-(\d+)\]", names)
+    return [f"{found[1]}{i}" for i in range(int(found[2]), int(found[3]) + 1)] if found else [names]
+
+
 def srun(words: list[str]) -> int:
-    """Starts every task here; returns the highest status, or 128 + signal, of any."""
+    """Starts every task here; returns the highest status, or 128 + signal, of any.
+
+    The cluster's MPI is set up wrongly, and its tasks go round the nodes unless they are told otherwise.
+    """
     options = {word.partition("=")[0]: word.partition("=")[2] for word in _options(words)}
     command = words[len(options) :]
     (FOLDER / "srun").write_text(json.dumps(options))
+    if options.get("--mpi") != "none":
+        return 1
     nodes, per_node = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
     ranks = range(nodes * per_node)
     with open(options["--output"], "w") as log:  # noqa: PTH123 - a plain string
-        places = [_task(r, nodes, per_node) | _of_image(options) for r in ranks]
+        places = [_task(r, nodes, per_node, options) | _of_image(options) for r in ranks]
         tasks = [subprocess.Popen(command, env=place, stdout=log, stderr=log) for place in places]
     (FOLDER / "tasks.new").write_text(" ".join(str(task.pid) for task in tasks))
     (FOLDER / "tasks.new").rename(FOLDER / "tasks")
@@ -67,14 +78,18 @@ def _options(words: list[str]) -> list[str]:
     return words[:first]
 
 
-def _task(rank: int, nodes: int, per_node: int) -> dict[str, str]:
+def _task(rank: int, nodes: int, per_node: int, options: dict[str, str]) -> dict[str, str]:
+    """SLURM_EXPORT_ENV=NONE is what `sbatch --export=NONE` leaves behind."""
     mine = {
         "SLURM_PROCID": rank,
-        "SLURM_LOCALID": rank % per_node,
+        "SLURM_LOCALID": rank % per_node if options.get("--distribution") == "block" else rank // nodes,
+        "SLURM_CPUS_PER_TASK": options.get("--cpus-per-task", 1),
         "SLURM_NTASKS": nodes * per_node,
         "SLURM_NNODES": nodes,
     }
-    return os.environ | {name: str(value) for name, value in mine.items()}
+    bare = os.environ.get("SLURM_EXPORT_ENV") == "NONE" and options.get("--export") != "ALL"
+    job = {"PATH": os.environ["PATH"]} if bare else dict(os.environ)
+    return job | {name: str(value) for name, value in mine.items()}
 
 
 def _of_image(options: dict[str, str]) -> dict[str, str]:
