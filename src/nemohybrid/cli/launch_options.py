@@ -59,7 +59,7 @@ def _slurm(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=further)
     image = "with nemohybrid in it, by pyxis and enroot: a file .sqsh, or REGISTRY#IMAGE:TAG"
     p.add_argument("--container-image", dest="container", metavar="IMAGE", help=image)
-    mount = "SOURCE:/TARGET in the container; repeat it for more. The folder of the job is there without"
+    mount = "/SOURCE:/TARGET in the container; repeat it for more. The folder of the job is there without"
     p.add_argument("--mount", action="append", default=[], metavar="MOUNT", help=mount)
 
 

@@ -11,18 +11,10 @@ from nemohybrid.launch.render import fill
 from nemohybrid.launch.shell import common
 
 OF_THE_SCRIPT = (
-    *(
-        "job-name",
-        "nodes",
-        "ntasks",
-        "ntasks-per-node",
-        "tasks-per-node",
-        "ntasks-per-gpu",
-        "cpus-per-task",
-        "cpus-per-gpu",
-    ),
-    *("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres", "gpu-bind", "tres-per-task", "tres-bind"),
-    *("time", "signal", "requeue", "no-requeue", "open-mode", "output", "array", "wrap", "test-only"),
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-gpu", "cpus-per-task"),
+    *("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "cpus-per-gpu", "gpu-bind", "gres"),
+    *("tres-per-task", "tres-bind", "time", "signal", "requeue", "no-requeue", "open-mode", "output"),
+    *("array", "wrap", "test-only"),
 )
 """Options of sbatch that would change what the script counts on."""
 OF_WHOLE_NODES = ("exclusive", "oversubscribe", "share", "mem", "mem-per-cpu", "mem-per-gpu")
