@@ -19,6 +19,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
+# shellcheck disable=SC2016 # a dollar sign in '...' is meant as it stands, in the whole script
 set -euo pipefail
 
 max_requeues=20 # starts after the first, whatever the reason
@@ -35,16 +36,17 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # A crash inside of a kernel or a driver shows the lines of Python that led there.
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 # Left alone, because the libraries choose well by themselves unless a cluster is unusual:
-# export NCCL_SOCKET_IFNAME=eno1    # network interface where ranks first meet; for a wrong choice, or one that others cannot reach
-# export GLOO_SOCKET_IFNAME=eno1    # the same for gloo, which ranks on CPUs use
-# export NCCL_IB_HCA=mlx5           # InfiniBand adapters that carry data; where others of the node are for storage
+# export NCCL_SOCKET_IFNAME==eno1   # network interface where ranks meet, and for data without InfiniBand; for a wrong choice
+# export GLOO_SOCKET_IFNAME=eno1    # the same for gloo, which ranks on CPUs use, and which takes names as they are
+# export NCCL_IB_HCA==mlx5_0,mlx5_1 # InfiniBand adapters that carry data; where others of the node are for storage
+# NCCL takes every name that begins so: without the second = also eno10, or mlx5_10.
 # export PYTORCH_ALLOC_CONF=expandable_segments:True   # where memory runs out though much of it is reserved and free
 # export TRITON_CACHE_DIR=...       # compiled kernels, by default in ~/.triton; where the home folder is a slow network disk
 # CUDA_DEVICE_MAX_CONNECTIONS stays too: Megatron-LM sets it to 1, and refuses that with FSDP, which cuts weights here.
 
 # Rank 0 lives on the first node; jobs that share it must not share the port.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR="${hosts[0]}"
+export MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 overrides=(
@@ -77,7 +79,7 @@ trap 'cancelled=yes' TERM
 echo "attempt $attempt of at most $max_requeues after the first, on $SLURM_JOB_NODELIST: $log"
 status=0
 # exec: SLURM signals its own children only, so Python must be one, and not the child of a shell.
-# shellcheck disable=SC2016 # each task reads its own variables
+# In '...' each task reads its own variables.
 srun "${options[@]}" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
     exec "$@"' rank python -m nemohybrid train "${overrides[@]}" || status=$?

@@ -3,6 +3,7 @@
 # docs/launch.md explains it. Written by:
 # nemohybrid launch torchrun --nodes 2 --rendezvous node1:29400 -- model=nemotron_h_8b data.train=corpus/train data.sequence_length=4096 train.global_batch=256 train.microbatch=1 train.recompute=layer train.steps=20000 optim.lr=3e-4 checkpoint.every=500 run.name=mine
 
+# shellcheck disable=SC2016 # a dollar sign in '...' is meant as it stands, in the whole script
 set -euo pipefail
 
 # Libraries. What is set already when the script starts stays as it is.
@@ -13,16 +14,17 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # A crash inside of a kernel or a driver shows the lines of Python that led there.
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 # Left alone, because the libraries choose well by themselves unless a cluster is unusual:
-# export NCCL_SOCKET_IFNAME=eno1    # network interface where ranks first meet; for a wrong choice, or one that others cannot reach
-# export GLOO_SOCKET_IFNAME=eno1    # the same for gloo, which ranks on CPUs use
-# export NCCL_IB_HCA=mlx5           # InfiniBand adapters that carry data; where others of the node are for storage
+# export NCCL_SOCKET_IFNAME==eno1   # network interface where ranks meet, and for data without InfiniBand; for a wrong choice
+# export GLOO_SOCKET_IFNAME=eno1    # the same for gloo, which ranks on CPUs use, and which takes names as they are
+# export NCCL_IB_HCA==mlx5_0,mlx5_1 # InfiniBand adapters that carry data; where others of the node are for storage
+# NCCL takes every name that begins so: without the second = also eno10, or mlx5_10.
 # export PYTORCH_ALLOC_CONF=expandable_segments:True   # where memory runs out though much of it is reserved and free
 # export TRITON_CACHE_DIR=...       # compiled kernels, by default in ~/.triton; where the home folder is a slow network disk
 # CUDA_DEVICE_MAX_CONNECTIONS stays too: Megatron-LM sets it to 1, and refuses that with FSDP, which cuts weights here.
 # torchrun kills ranks that take longer to end after a signal than this many seconds, which must do for a step and a save.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 # A new store for every start. In the one that torchrun would keep, ranks that start again read where dead ones listened.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
 overrides=(
     model=nemotron_h_8b
@@ -40,7 +42,7 @@ options=(
     --nnodes=2
     --nproc-per-node=8
     --rdzv-backend=c10d
-    --rdzv-endpoint=node1:29400 # one of the machines, by the name it has itself, and a port that the others reach
+    --rdzv-endpoint=node1:29400 # one of the machines, by the name it has itself; nodes must reach each other at every port
     --rdzv-id=mine # the same on all machines; two jobs that meet at the same endpoint need two
     --max-restarts=3 # after a crash on any machine; all go on together from the newest checkpoint
     "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" # passed on to the ranks; without it SIGUSR1 kills torchrun alone

@@ -55,7 +55,7 @@ def test_shellcheck_finds_nothing_in_the_scripts_of_the_project():
     assert shellcheck(*scripts) == ""
 
 
-ODD = ["run.dir=a b", 'sample.prompts=["it\'s *"]']
+ODD = ["run.dir=a b", "run.name=b", "checkpoint.every=${train.steps}", 'sample.prompts=["it\'s *"]']
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ ODD = ["run.dir=a b", 'sample.prompts=["it\'s *"]']
             "--setup",
             "my env.sh",
             "--logs",
-            "my logs",
+            "my $logs",
             "--python",
             "/a b/python",
             "--share-nodes",
@@ -76,7 +76,7 @@ ODD = ["run.dir=a b", 'sample.prompts=["it\'s *"]']
         [
             "slurm",
             "--container-image",
-            "a b.sqsh",
+            "./a b.sqsh",
             "--mount",
             "/my data:/data",
             "--mount",
@@ -90,6 +90,7 @@ ODD = ["run.dir=a b", 'sample.prompts=["it\'s *"]']
 )
 def test_shellcheck_finds_nothing_in_what_is_rendered(rendered, small, words, empty_folder):
     script = empty_folder / "script.sh"
+    (empty_folder / "my env.sh").touch()
     script.write_text(rendered(*words, "--gpus-per-node", "1", "--", *small, *ODD))
     assert shellcheck(script) == ""
 

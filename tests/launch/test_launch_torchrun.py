@@ -32,6 +32,17 @@ def test_options_of_torchrun_stand_in_the_script(rendered, small):
         assert word in given
 
 
+@pytest.mark.parametrize("where", [[], ["--nodes", "2", "--rendezvous", "a:29400"]], ids=["alone", "several"])
+def test_what_is_set_outside_stays(rendered, small, stand_in, background, where):
+    python = stand_in('echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"')
+    script = rendered(
+        "torchrun", *where, "--gpus-per-node", "2", "--save-seconds", "400", "--python", python, "--", *small
+    )
+    set_here = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "7", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}
+    assert end(background("bash", "-c", script, **set_here)) == (0, "7 0\n")
+    assert end(background("bash", "-c", script, **dict.fromkeys(set_here, ""))) == (0, "400 1\n")
+
+
 def ranks_of(agent: int) -> list[psutil.Process]:
     return [child for child in psutil.Process(agent).children() if "RANK" in child.environ()]
 

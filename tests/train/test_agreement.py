@@ -144,5 +144,7 @@ def test_configuration_code_and_versions_are_what_ranks_compare(configure, monke
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91701)
     on_gpu = facts_of(config, torch.device("cuda"))
-    assert {name: on_gpu[name] for name in on_gpu.keys() - facts.keys()} == {"CUDA": "13.0", "NCCL": "2.28.9"}
+    theirs = {"CUDA": "13.0", "cuDNN": "91701", "NCCL": "2.28.9"}
+    assert {name: on_gpu[name] for name in on_gpu.keys() - facts.keys()} == theirs

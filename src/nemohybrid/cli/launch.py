@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from nemohybrid.cli.initial_model import with_initial_model
 from nemohybrid.cli.launch_options import parser
 from nemohybrid.config.run_config import RunConfig
+from nemohybrid.config.section import leaves
 from nemohybrid.errors import ConfigError
 from nemohybrid.launch import checks, kubernetes, slurm, torchrun
-from nemohybrid.launch.job import OTHER_FILES, OTHER_PACKAGES, Job, checked_config
+from nemohybrid.launch.job import Job, checked_config
 from nemohybrid.launch.submit import become, hand_to
 
 
@@ -18,14 +19,18 @@ def main(argv: list[str]) -> int:
     """Write the script and start it; returns the status of who was given it. Raises ConfigError for what cannot run."""
     options = parser().parse_args(argv)
     words = [checks.one_line("OVERRIDE", word) for word in options.overrides]
-    unseen = [*(OTHER_PACKAGES if options.container else ()), *(OTHER_FILES if options.elsewhere else ())]
-    config = checked_config([*with_initial_model(words), *unseen], options.nodes, options.gpus_per_node)
+    unseen = ["packages"] * bool(options.container) + ["files"] * options.elsewhere
+    config = checked_config(with_initial_model(words), options.nodes, options.gpus_per_node, unseen)
     text = SCRIPTS[options.launcher](options, _job(options, argv, words, config))
-    checks.refuse_secrets(text, os.environ)
+    values = [str(value) for _, _, value in leaves(config)]
+    checks.refuse_secrets([text, *argv, *values], os.environ)  # the text has them quoted
     if options.dry_run:
         print(text, end="")
         return 0
-    return hand_to(READERS[options.launcher], text) if options.launcher in READERS else become(text)
+    if options.launcher not in READERS:
+        become(text)
+    outvoting = slurm.outvoting(text, os.environ) if options.launcher == "slurm" else {}
+    return hand_to(READERS[options.launcher], text, outvoting)
 
 
 def _job(options: argparse.Namespace, argv: Sequence[str], words: Sequence[str], config: RunConfig) -> Job:
@@ -36,16 +41,18 @@ def _job(options: argparse.Namespace, argv: Sequence[str], words: Sequence[str],
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
         name=checks.name("--name", options.name) if options.name else _named_like(config.run.name),
-        python=checks.one_line("--python", options.python),
+        run_dir=config.run.dir,
+        python=checks.program(options.python),
         save_seconds=options.save_seconds,
-        setup=options.setup and checks.one_line("--setup", options.setup),
+        setup=None if options.setup is None else checks.setup(options.setup, look=not options.elsewhere),
         on_gpus=config.run.device != "cpu",
     )
 
 
 def _named_like(run: str) -> str:
-    """The name of a run, with `-` for what some scheduler does not take in a name."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in run).strip("-").lower() or "nemohybrid"
+    """The name of a run, as every scheduler takes it: at most 50 small letters, digits and -, the first a letter."""
+    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in run).strip("-").lower() or "nemohybrid"
+    return (name if name[0].isalpha() else f"run-{name}")[:50].rstrip("-")
 
 
 def _torchrun(options: argparse.Namespace, job: Job) -> str:
@@ -57,7 +64,7 @@ def _torchrun(options: argparse.Namespace, job: Job) -> str:
     if not several and where is not None:
         raise ConfigError("--rendezvous: one machine meets by itself. Leave it out, or give --nodes")
     if where is not None:
-        checks.matching("--rendezvous", where, checks.HOST_AND_PORT, "HOST:PORT, e.g. node1:29400")
+        checks.rendezvous(where)
     restarts = (3 if several else 0) if options.max_restarts is None else options.max_restarts
     return torchrun.render(job, restarts, where)
 
@@ -66,6 +73,8 @@ def _slurm(options: argparse.Namespace, job: Job) -> str:
     checks.room_to_save(options.time, options.save_seconds)
     if options.mount and not options.container:
         raise ConfigError("--mount: there is no container to mount it in. Give --container-image, or leave it out")
+    mounts = tuple(checks.mount(text) for text in options.mount)
+    checks.distinct("--mount", [text.split(":")[1] for text in mounts])
     queue = slurm.Queue(
         time=options.time,
         cpus_per_task=options.cpus_per_task,
@@ -74,25 +83,29 @@ def _slurm(options: argparse.Namespace, job: Job) -> str:
         whole_nodes=not options.share_nodes,
         partition=options.partition and checks.names("--partition", options.partition),
         account=options.account and checks.name("--account", options.account),
-        directives=tuple(checks.directive(text, slurm.SET_BY_THE_SCRIPT) for text in options.sbatch),
-        image=options.container and checks.one_line("--container-image", options.container),
-        mounts=tuple(checks.mount(text) for text in options.mount),
+        directives=tuple(checks.directive(text, slurm.taken(not options.share_nodes)) for text in options.sbatch),
+        image=options.container and checks.image(options.container),
+        mounts=mounts,
     )
     return slurm.render(job, queue)
 
 
 def _kubernetes(options: argparse.Namespace, job: Job) -> str:
     legal = "small letters, digits and -, at most 50"
-    for option, text in (("--name", job.name), ("--secret", options.secret), ("--namespace", options.namespace)):
+    checks.matching("--name", job.name, checks.JOB_NAME, f"{legal}, the first a letter")
+    for option, text in (("--secret", options.secret), ("--namespace", options.namespace)):
         if text is not None:
             checks.matching(option, text, checks.CLUSTER_NAME, legal)
+    volumes = tuple(checks.volume(text) for text in options.volume)
+    checks.distinct("--volume", [path for _, path in volumes])
+    checks.on_a_volume(job.run_dir, options.workdir, [path for _, path in volumes])
     cluster = kubernetes.Cluster(
         image=checks.one_line("--image", options.container),
         secret=options.secret,
         max_restarts=options.max_restarts,
         namespace=options.namespace,
         workdir=options.workdir and checks.one_line("--workdir", options.workdir),
-        volumes=tuple(checks.volume(text) for text in options.volume),
+        volumes=volumes,
     )
     return kubernetes.render(job, cluster)
 

@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   nemohybrid launch torchrun --gpus-per-node 8 -- model=tiny data.train=corpus/train run.dir=runs/mine
   nemohybrid launch torchrun --nodes 2 --rendezvous node1:29400 -- ...      # the same on each of the two machines
   nemohybrid launch slurm --nodes 4 --time 24:00:00 --partition gpu -- ...
-  nemohybrid launch slurm --container-image nvcr.io#nvidia/pytorch:26.02-py3 --dry-run -- ...
+  nemohybrid launch slurm --container-image /images/nemohybrid.sqsh --dry-run -- ...
   nemohybrid launch kubernetes --nodes 2 --image registry/nemohybrid:1 --volume runs:/workspace/runs -- ...
 
 nemohybrid launch LAUNCHER --help has the options of each."""
@@ -51,15 +51,15 @@ def _slurm(p: argparse.ArgumentParser) -> None:
     p.add_argument("--account", help="who pays (default: yours)")
     cores = "cores of a rank: those of a node / GPUs (default 8)"
     p.add_argument("--cpus-per-task", type=whole_number, default=8, metavar="N", help=cores)
-    share = "others may use the rest of a node; without it nobody may"
+    share = "others may use the rest of a node, and --sbatch=--mem=... says how much is yours; without it nobody may"
     p.add_argument("--share-nodes", action="store_true", help=share)
     p.add_argument("--max-requeues", type=_count, default=20, metavar="N", help="starts after the first (default 20)")
     p.add_argument("--logs", default="logs", metavar="FOLDER", help="a file an attempt (default logs)")
     further = "a further option of sbatch, as --sbatch=--qos=high; repeat it for more"
     p.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=further)
-    image = "by pyxis and enroot: nvcr.io#nvidia/pytorch:26.02-py3, or a file .sqsh"
+    image = "with nemohybrid in it, by pyxis and enroot: a file .sqsh, or REGISTRY#IMAGE:TAG"
     p.add_argument("--container-image", dest="container", metavar="IMAGE", help=image)
-    mount = "SOURCE:/TARGET in the container; repeat it for more. The folder of the job is there without"
+    mount = "/SOURCE:/TARGET in the container; repeat it for more. The folder of the job is there without"
     p.add_argument("--mount", action="append", default=[], metavar="MOUNT", help=mount)
 
 
@@ -68,16 +68,17 @@ def _kubernetes(p: argparse.ArgumentParser) -> None:
     p.add_argument("--image", dest="container", required=True, help="a container image with nemohybrid in it")
     p.add_argument("--namespace", help="default: that of kubectl")
     p.add_argument("--workdir", metavar="FOLDER", help="in the container (default: that of the image)")
-    volume = "CLAIM:/PATH, a persistent volume that all pods can write to; the run folder must lie on one"
+    volume = "CLAIM:/PATH, a persistent volume that all pods can write to; at least one, for the run folder"
     p.add_argument("--volume", action="append", default=[], metavar="VOLUME", help=volume)
     secret = "of Kubernetes, with the keys WANDB_API_KEY and HF_TOKEN where they are needed (default nemohybrid)"
     p.add_argument("--secret", default="nemohybrid", help=secret)
-    restarts = "of pods that end early, in all (default 20)"
+    restarts = "of the run, whose pods start again together (default 20)"
     p.add_argument("--max-restarts", type=_count, default=20, metavar="N", help=restarts)
     p.set_defaults(elsewhere=True, setup=None)
 
 
 def _common(p: argparse.ArgumentParser) -> None:
+    p.allow_abbrev = False  # a script would say that a short --dry had written it
     p.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="behind --: those of `nemohybrid train`")
     p.add_argument("--nodes", type=whole_number, default=1, metavar="N", help="machines (default 1)")
     gpus = "ranks of a machine, one for each GPU; with run.device=cpu so many processes (default 8)"

@@ -4,13 +4,13 @@ Hydra's compose API is used rather than `hydra.main`, which makes output folders
 happen once per rank under torchrun. `hydra.main` serves only `--cfg`, `--help` and `-m` (see `cli/train.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemohybrid.config.check import build
@@ -20,6 +20,7 @@ from nemohybrid.config.overrides import usable_overrides
 from nemohybrid.config.required import as_violations, register_resolver, without_required
 from nemohybrid.config.rules import violated_rules
 from nemohybrid.config.run_config import RunConfig
+from nemohybrid.config.secrets import secrets_looked_up
 from nemohybrid.config.violation import Violation, raise_all
 from nemohybrid.errors import ConfigError
 
@@ -33,9 +34,12 @@ def register_schema() -> None:
     register_resolver()
 
 
-def load_config(overrides: Sequence[str], world_size: int = 1) -> RunConfig:
-    """Compose, check and freeze. `ConfigError` lists every violation: unknown keys, bad values and broken rules together."""
-    return _load(overrides, world_size, model_only=False)
+def load_config(overrides: Sequence[str], world_size: int = 1, *, unseen: Collection[str] = ()) -> RunConfig:
+    """Compose, check and freeze. `ConfigError` lists every violation: unknown keys, bad values and broken rules together.
+
+    unseen: "files", "packages", where only the nodes of the run have them: they are not looked for.
+    """
+    return _load(overrides, world_size, model_only=False, unseen=unseen)
 
 
 def load_model_config(overrides: Sequence[str]) -> RunConfig:
@@ -43,7 +47,7 @@ def load_model_config(overrides: Sequence[str]) -> RunConfig:
     return _load(overrides, 1, model_only=True)
 
 
-def _load(overrides: Sequence[str], world_size: int, *, model_only: bool) -> RunConfig:
+def _load(overrides: Sequence[str], world_size: int, *, model_only: bool, unseen: Collection[str] = ()) -> RunConfig:
     violations: list[Violation] = []
     words = [str(o.input_line) for o in usable_overrides(overrides, violations)]
     try:
@@ -51,7 +55,7 @@ def _load(overrides: Sequence[str], world_size: int, *, model_only: bool) -> Run
     except ConfigError as error:
         raise_all([*violations, Violation("composition", str(error))])
         raise
-    return finish(cfg, world_size, violations, model_only=model_only)
+    return finish(cfg, world_size, violations, model_only=model_only, unseen=unseen)
 
 
 def compose_raw(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
@@ -72,10 +76,17 @@ def _plain(error: Exception) -> str:
 
 
 def finish(
-    cfg: DictConfig, world_size: int, violations: list[Violation] | None = None, *, model_only: bool = False
+    cfg: DictConfig,
+    world_size: int,
+    violations: list[Violation] | None = None,
+    *,
+    model_only: bool = False,
+    unseen: Collection[str] = (),
 ) -> RunConfig:
     """Turn a composed config into a frozen `RunConfig`: typed, sizes filled in, every rule checked."""
     violations = [] if violations is None else violations
+    if told := secrets_looked_up(OmegaConf.to_container(cfg, resolve=False)):
+        raise_all([*violations, *told])  # what else is wrong would show values
     try:
         values, absent = without_required(cfg)
     except OmegaConfBaseException as error:
@@ -86,7 +97,7 @@ def finish(
     config = build(RunConfig, values, violations)
     derive_vocabulary(config)
     derive_sizes(config.model)
-    found = violated_rules(config, world_size, model_only=model_only)
+    found = violated_rules(config, world_size, model_only=model_only, unseen=unseen)
     violations.extend(v for v in found if _is_sure(v, violations, absent))
     raise_all(violations)
     config.freeze()

@@ -1,26 +1,13 @@
 """What is started, where, and with how many ranks: the same for every launcher."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nemohybrid.config.compose import load_config
 from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import ConfigError
-
-OTHER_PACKAGES = ("optim.name=adamw", "logging.wandb=false", "logging.tensorboard=false")
-"""Satisfies the rules about optional packages, where a container has its own."""
-OTHER_FILES = (
-    "data.bundled=shakespeare",
-    "data.train=null",
-    "data.valid=null",
-    "data.split=[]",
-    "data.tokenizer=byte",
-    "init_from=null",
-    "resume=auto",
-)
-"""Satisfies the rules about corpora, tokenizers and checkpoints, where they lie on a disk that only the nodes see."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +19,7 @@ class Job:
     nodes: int
     gpus_per_node: int
     name: str
+    run_dir: str
     python: str
     save_seconds: int
     setup: str | None = None
@@ -43,15 +31,15 @@ class Job:
         return self.nodes * self.gpus_per_node
 
 
-def checked_config(words: Sequence[str], nodes: int, gpus_per_node: int) -> RunConfig:
+def checked_config(words: Sequence[str], nodes: int, gpus_per_node: int, unseen: Collection[str] = ()) -> RunConfig:
     """The configuration that every rank would compose, by the project's own rules, before anything waits in a queue.
 
-    Raises ConfigError for flags, and with every broken rule.
+    unseen: what only the nodes have, as for `load_config`. Raises ConfigError for flags, and with every broken rule.
     """
     if flags := [word for word in words if word.startswith("-")]:
         raise ConfigError(f"{flags[0]} behind -- is no override. A launch is one run; its own options stand before --")
     with _as_on_a_node(gpus_per_node):
-        return load_config(words, nodes * gpus_per_node)
+        return load_config(words, nodes * gpus_per_node, unseen=unseen)
 
 
 @contextmanager

@@ -13,7 +13,10 @@ SPARE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a pod has. volumes: (claim, path) of persistent volumes; secret: the name of the one with WANDB_API_KEY."""
+    """What a pod has. volumes: (claim, path) of persistent volumes; secret: the name of the one with WANDB_API_KEY.
+
+    max_restarts: of the run, all pods together.
+    """
 
     image: str
     secret: str
@@ -29,15 +32,16 @@ def render(job: Job, cluster: Cluster) -> str:
         "kubernetes.yaml",
         {
             "command": job.command,
-            "name": job.name,
-            "namespace": f"namespace: {cluster.namespace}" if cluster.namespace else "",
+            "name": json.dumps(job.name),
+            "namespace": f"namespace: {json.dumps(cluster.namespace)}" if cluster.namespace else "",
             "max_restarts": str(cluster.max_restarts),
+            "backoff_limit": str(cluster.max_restarts * job.nodes + 1),
             "grace_seconds": str(job.save_seconds + SPARE_SECONDS),
             "save_seconds": str(job.save_seconds),
             "image": json.dumps(cluster.image),
             "workdir": f"workingDir: {json.dumps(cluster.workdir)}" if cluster.workdir else "",
             "words": _items(map(json.dumps, _command(job)), 16),
-            "secret": cluster.secret,
+            "secret": json.dumps(cluster.secret),
             "gpus": f"resources: {{limits: {{nvidia.com/gpu: {job.gpus_per_node}}}}}" if job.on_gpus else "",
             "mounts": _items(_mounts(cluster), 16),
             "volumes": _items(_claims(cluster), 12),
@@ -68,7 +72,7 @@ def _mounts(cluster: Cluster) -> list[str]:
 
 def _claims(cluster: Cluster) -> list[str]:
     return [
-        f"{{name: volume-{i}, persistentVolumeClaim: {{claimName: {claim}}}}}"
+        f"{{name: volume-{i}, persistentVolumeClaim: {{claimName: {json.dumps(claim)}}}}}"
         for i, (claim, _) in enumerate(cluster.volumes)
     ]
 

@@ -20,7 +20,5 @@ def common(job: Job) -> dict[str, str]:
 
 
 def setup(file: str | None) -> str:
-    """The lines that read `file`, whose modules and environments may use variables that are not set."""
-    if file is None:
-        return ""
-    return f"set +u\n# shellcheck source=/dev/null\nsource {shlex.quote(file)}\nset -u\n"
+    """The lines that read `file`."""
+    return "" if file is None else fill("setup.sh", {"file": shlex.quote(file)})

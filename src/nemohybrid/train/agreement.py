@@ -93,7 +93,14 @@ def _of_cuda(device: torch.device) -> dict[str, str]:
     if device.type != "cuda":
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ABSENT
-    return {"CUDA": torch.version.cuda or ABSENT, "NCCL": nccl}
+    return {"CUDA": torch.version.cuda or ABSENT, "cuDNN": _cudnn(), "NCCL": nccl}
+
+
+def _cudnn() -> str:
+    try:
+        return str(torch.backends.cudnn.version() or ABSENT)
+    except RuntimeError:  # the peers would wait for a rank that ends here
+        return "one that torch refuses"
 
 
 def disagreement(hosts: Sequence[str], facts: Sequence[Mapping[str, str]]) -> str:

@@ -4,6 +4,8 @@ A rule looks at a typed, derived `RunConfig` and returns what is wrong, with the
 Nothing here imports torch or megatron: a wrong configuration is known within a second, before any process group.
 """
 
+from collections.abc import Collection
+
 from nemohybrid.config.rules import (  # noqa: F401 - they register their rules
     context,
     experts,
@@ -27,7 +29,9 @@ from nemohybrid.symbols import parse_pattern
 __all__ = ["MODEL_RULES", "RUN_RULES", "violated_rules"]
 
 
-def violated_rules(config: RunConfig, world_size: int = 1, *, model_only: bool = False) -> list[Violation]:
+def violated_rules(
+    config: RunConfig, world_size: int = 1, *, model_only: bool = False, unseen: Collection[str] = ()
+) -> list[Violation]:
     """All violations, in the order the rules are written. `model_only` leaves out what only a training run needs."""
     violations: list[Violation] = []
     pattern = None
@@ -35,6 +39,6 @@ def violated_rules(config: RunConfig, world_size: int = 1, *, model_only: bool =
         pattern = parse_pattern(config.model.pattern)
     except ConfigError as error:
         violations.append(Violation("model.pattern", str(error)))
-    now = Situation(config, world_size, pattern)
+    now = Situation(config, world_size, pattern, unseen)
     rules = MODEL_RULES if model_only else MODEL_RULES + RUN_RULES
     return violations + [found for check in rules if (found := check(now))]

@@ -1,6 +1,6 @@
 """What a rule is: a function of the situation, registered by a decorator, and the arithmetic of legal values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import wraps
 
@@ -11,11 +11,15 @@ from nemohybrid.pattern import Pattern
 
 @dataclass(frozen=True)
 class Situation:
-    """What a rule may look at: the configuration, the number of ranks, and the parsed pattern (None when it is faulty)."""
+    """What a rule may look at: the configuration, the number of ranks, and the parsed pattern (None when it is faulty).
+
+    unseen: "files", "packages", where only the nodes of the run have them. Rules do not look for those here.
+    """
 
     config: RunConfig
     world_size: int
     pattern: Pattern | None
+    unseen: Collection[str] = ()
 
     def has(self, symbol: str) -> bool:
         """Whether a layer of this symbol is built."""

@@ -21,18 +21,19 @@ def training_data_exists(now: Situation) -> Violation | None:
         return Violation(
             "data.train", "no training data. Prepare some with `nemohybrid data prepare`, or take data=shakespeare"
         )
-    return _corpora_problem("data.train", list(data.corpora))
+    return _corpora_problem(now, "data.train", list(data.corpora))
 
 
 @rule(RUN_RULES)
 def validation_data_exists(now: Situation) -> Violation | None:
     """The same for the validation corpora, where some are named."""
-    return _corpora_problem("data.valid", list(now.config.data.valid_sets.values()))
+    return _corpora_problem(now, "data.valid", list(now.config.data.valid_sets.values()))
 
 
-def _corpora_problem(key: str, prefixes: list[str]) -> Violation | None:
+def _corpora_problem(now: Situation, key: str, prefixes: list[str]) -> Violation | None:
     """All files that are absent, and corpora named twice under two spellings of their path."""
-    missing = [prefix + end for prefix in prefixes for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
+    files = [prefix + end for prefix in prefixes for end in (".bin", ".idx")]
+    missing = [name for name in files if "files" not in now.unseen and not Path(name).is_file()]
     places: dict[Path, list[str]] = {}
     for prefix in prefixes:
         places.setdefault(Path(prefix).resolve(), []).append(prefix)
@@ -81,7 +82,8 @@ def tokenizer_is_known(now: Situation) -> Violation | None:
             if legal
             else Violation(f"data.tokenizer={spec}", "needs a size", {"data.tokenizer": "bpe:257 or more"})
         )
-    if spec == "byte" or Path(spec).exists():
+    there = spec.endswith((".json", ".model")) or "/" in spec if "files" in now.unseen else Path(spec).exists()
+    if spec == "byte" or there:
         return None
     return Violation(
         f"data.tokenizer={spec}",
@@ -147,28 +149,28 @@ def optimizer_is_installed(now: Situation) -> Violation | None:
     """The fused optimizers live in libraries of their own."""
     name = now.config.optim.name
     homes = {"apex_adamw": ("apex", IN_NGC), "te_adamw": ("transformer_engine", "pip install 'nemohybrid[te]'")}
-    return _not_installed(f"optim.name={name}", *homes[name]) if name in homes else None
+    return _not_installed(now, f"optim.name={name}", *homes[name]) if name in homes else None
 
 
 @rule(RUN_RULES)
 def wandb_is_installed(now: Situation) -> Violation | None:
     """Weights & Biases is an extra."""
     asked = now.config.logging.wandb
-    return _not_installed("logging.wandb=true", "wandb", "pip install 'nemohybrid[wandb]'") if asked else None
+    return _not_installed(now, "logging.wandb=true", "wandb", "pip install 'nemohybrid[wandb]'") if asked else None
 
 
 @rule(RUN_RULES)
 def tensorboard_is_installed(now: Situation) -> Violation | None:
     """TensorBoard is an extra."""
     asked, cure = now.config.logging.tensorboard, "pip install 'nemohybrid[tensorboard]'"
-    return _not_installed("logging.tensorboard=true", "tensorboard", cure) if asked else None
+    return _not_installed(now, "logging.tensorboard=true", "tensorboard", cure) if asked else None
 
 
 IN_NGC = "it comes with NGC containers and is not on PyPI (the package of that name there is another)"
 
 
-def _not_installed(where: str, package: str, cure: str) -> Violation | None:
-    if importlib.util.find_spec(package) is not None:
+def _not_installed(now: Situation, where: str, package: str, cure: str) -> Violation | None:
+    if "packages" in now.unseen or importlib.util.find_spec(package) is not None:
         return None
     return Violation(where, f"the package {package} is not installed: {cure}")
 
@@ -177,7 +179,9 @@ def _not_installed(where: str, package: str, cure: str) -> Violation | None:
 def initial_weights_exist(now: Situation) -> Violation | None:
     """`init_from` is a folder, until the run has a checkpoint of its own."""
     folder, begun = now.config.init_from, Path(now.config.run.dir) / "checkpoints"
-    if folder is None or os.path.isdir(folder) or any(begun.glob("step_*")):  # noqa: PTH112 - a plain string
+    if folder is None or "files" in now.unseen:
+        return None
+    if os.path.isdir(folder) or any(begun.glob("step_*")):  # noqa: PTH112 - a plain string
         return None
     return Violation(f"init_from={folder}", "no such folder; give a checkpoint or a run folder")
 
@@ -186,6 +190,8 @@ def initial_weights_exist(now: Situation) -> Violation | None:
 def resume_exists(now: Situation) -> Violation | None:
     """`resume` is a word or a folder."""
     resume = now.config.resume
-    if resume in ("auto", "never") or os.path.isdir(resume):  # noqa: PTH112 - a plain string
+    there = "/" in resume if "files" in now.unseen else os.path.isdir(resume)  # noqa: PTH112 - a plain string
+    if resume in ("auto", "never") or there:
         return None
-    return Violation(f"resume={resume}", "is neither auto, never, nor a checkpoint folder")
+    legal = {"resume": "auto, never or FOLDER/step_..."}
+    return Violation(f"resume={resume}", "is neither auto, never, nor a checkpoint folder", legal)

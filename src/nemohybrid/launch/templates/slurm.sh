@@ -19,6 +19,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
+# shellcheck disable=SC2016 # a dollar sign in '...' is meant as it stands, in the whole script
 set -euo pipefail
 
 max_requeues={{max_requeues}} # starts after the first, whatever the reason
@@ -32,7 +33,7 @@ log="$logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-attempt$attempt.log"
 
 # Rank 0 lives on the first node; jobs that share it must not share the port.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR="${hosts[0]}"
+export MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 overrides=(
@@ -57,7 +58,7 @@ trap 'cancelled=yes' TERM
 echo "attempt $attempt of at most $max_requeues after the first, on $SLURM_JOB_NODELIST: $log"
 status=0
 # exec: SLURM signals its own children only, so Python must be one, and not the child of a shell.
-# shellcheck disable=SC2016 # each task reads its own variables
+# In '...' each task reads its own variables.
 srun "${options[@]}" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
     exec "$@"' rank {{python}} -m nemohybrid train "${overrides[@]}" || status=$?

@@ -3,14 +3,15 @@
 # docs/launch.md explains it. Written by:
 # {{command}}
 
+# shellcheck disable=SC2016 # a dollar sign in '...' is meant as it stands, in the whole script
 set -euo pipefail
 
 {{setup}}
 {{environment}}
 # torchrun kills ranks that take longer to end after a signal than this many seconds, which must do for a step and a save.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={{save_seconds}}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{{save_seconds}}}"
 # A new store for every start. In the one that torchrun would keep, ranks that start again read where dead ones listened.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
 overrides=(
 {{overrides}}
@@ -19,7 +20,7 @@ options=(
     --nnodes={{nodes}}
     --nproc-per-node={{gpus_per_node}}
     --rdzv-backend=c10d
-    --rdzv-endpoint={{rendezvous}} # one of the machines, by the name it has itself, and a port that the others reach
+    --rdzv-endpoint={{rendezvous}} # one of the machines, by the name it has itself; nodes must reach each other at every port
     --rdzv-id={{name}} # the same on all machines; two jobs that meet at the same endpoint need two
     --max-restarts={{max_restarts}} # after a crash on any machine; all go on together from the newest checkpoint
     "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" # passed on to the ranks; without it SIGUSR1 kills torchrun alone
