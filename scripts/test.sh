@@ -49,7 +49,7 @@ begin "types" pyright
 begin "docs" sphinx-build -W -q -b html docs docs/_build/html
 # A file is one worker's, which computes what its tests share once. xunit1 is the form of the report that names the file of each test.
 cores=$(nproc)
-stage "tests" python -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile --junit-xml="$report" -o junit_family=xunit1 "$@"
+stage "tests" python -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder --junit-xml="$report" -o junit_family=xunit1 "$@"
 finish
 
 for name in ${failed[@]+"${failed[@]}"}; do echo "FAILED: $name"; done

@@ -81,6 +81,29 @@ def _assert_close_to_scale(got: dict[str, Tensor], want: dict[str, Tensor], tole
         assert error <= tolerance * scale, f"{name}: off by {error:.1e}, its largest entry is {scale:.1e}"
 
 
+LONGEST = (
+    "parallel/test_parity",
+    "kernels/test_ahead_of_time",
+    "train/test_resharding",
+    "cli/test_torchrun",
+    "parallel/test_mutations",
+    "launch/test_launch_slurm",
+    "model/test_compile",
+    "precision/test_torch_native",
+    "plan/test_memory",
+    "kernels/test_ssd_triton",
+    "train/test_watch",
+)
+"""Files that take half a minute and more, the longest first: a worker that begins one when others are done keeps them waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+    place = {root / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    assert all(file.is_file() for file in place), "LONGEST names a file that is gone"
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before the clock of pytest-timeout starts
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     with turn(item):

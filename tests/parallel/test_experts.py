@@ -64,7 +64,7 @@ def test_tokens_that_ranks_share_travel_without_being_gathered(on_ranks):
             model.layers[2](x, seq).sum().backward()
         return sorted({one.kind for one in traffic.take()})
 
-    assert on_ranks(TP2_EP2, sends) == [["all_to_all_single"]] * 2
+    assert on_ranks(TP2_EP2, sends) == [["all_to_all"]] * 2
 
 
 @pytest.mark.parametrize(

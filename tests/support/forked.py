@@ -1,6 +1,7 @@
 """Children and Gloo worlds forked from the test process, which has the slow imports already: a rank costs milliseconds."""
 
 import contextlib
+import faulthandler
 import os
 import signal
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 DEADLINE_S = 60.0
+STACKS = signal.SIGUSR2
+"""What a child answers by writing down where its threads stand."""
 GRACE_S = 5.0
 
 
@@ -24,12 +27,18 @@ def fork(action: Callable[[], object], failure: Path) -> int:
         return child
     code = 1
     try:
+        faulthandler.register(STACKS, stacks_of(failure).open("w"))
         action()
         code = 0
     except BaseException:
         failure.write_text(traceback.format_exc())
     finally:
         os._exit(code)
+
+
+def stacks_of(failure: Path) -> Path:
+    """Where a child that has no failure to write down writes its stacks."""
+    return failure.with_name(f"stacks-{failure.name}")
 
 
 def wait(child: int) -> int:
@@ -69,7 +78,8 @@ def run_world(size: int, action: Callable[[int], object], folder: Path) -> list[
     codes = wait_for_all(children, DEADLINE_S)
     for rank, number in ((rank, -code) for rank, code in codes.items() if code < 0):
         why = "hung, or waited for a rank that had failed" if number == signal.SIGKILL else f"died of signal {number}"
-        (folder / f"failure{rank}").write_text(f"rank {rank} {why}\n")
+        failure = folder / f"failure{rank}"
+        failure.write_text(f"rank {rank} {why}\n{stacks_of(failure).read_text()}")
     return sorted(folder.glob("failure*"), key=lambda file: file.stat().st_mtime_ns)
 
 
@@ -83,9 +93,13 @@ def wait_for_all(children: dict[int, int], deadline: float) -> dict[int, int]:
                 codes[rank] = os.waitstatus_to_exitcode(found[1])
                 end = min(end, time.monotonic() + GRACE_S) if codes[rank] else end
         time.sleep(0.001)
-    for rank in children.keys() - codes.keys():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(children[rank], signal.SIGKILL)
+    hung = children.keys() - codes.keys()
+    for number, pause in ((STACKS, 0.5), (signal.SIGKILL, 0)):
+        for rank in hung:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(children[rank], number)
+        time.sleep(pause if hung else 0)
+    for rank in hung:
         os.waitpid(children[rank], 0)
         codes[rank] = -signal.SIGKILL
     return codes
