@@ -199,6 +199,7 @@ class Trainer:
 
     def _may_go_on(self) -> bool:
         """Whether no rank got a signal; else the step is saved and the run ends. Collective."""
+        self.activity.move()
         self.stopped_by = self.stopped_by or largest(self.signals.received, self.context)
         if self.stopped_by:
             self.save()

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from nemohybrid.errors import Stopped
 from nemohybrid.train.watch.sight import Place
 
 DONE = "done"
@@ -39,6 +40,11 @@ class Beat:
     def text(self) -> str:
         """As JSON."""
         return json.dumps(asdict(self))
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal ended the rank."""
+        return self.left.startswith(Stopped.__name__)
 
     @classmethod
     def read(cls, text: str) -> Beat:
