@@ -113,6 +113,19 @@ def test_a_rank_without_an_answer_is_told_by_what_is_known_of_it(change, process
     assert told in report(facts(words, r7=beat(7, **change))), report(facts(words, r7=beat(7, **change)))
 
 
+@given(
+    st.one_of(st.builds(range, st.integers(0, 9), st.integers(0, 60), st.integers(1, 9)), st.sets(st.integers(0, 20)))
+)
+def test_last_words_say_who_is_in_a_group(members):
+    words = waiting(0, groups={"data": Entered(tuple(sorted(members)), 3)})
+    assert LastWords.read(words.text()) == words
+
+
+def test_last_words_of_a_large_job_are_few():
+    groups = {"world": Entered(tuple(range(4096)), 9), "data": Entered(tuple(range(3, 4096, 8)), 9)}
+    assert len(waiting(3, groups=groups).text()) < 1000
+
+
 def test_a_rank_that_is_done_is_not_blamed():
     words = {rank: waiting(rank, size=4) for rank in range(2)} | {2: busy(2, size=4)}
     assert suspects(facts(words, 4, r3=beat(3, left=DONE))).keys() == {2}

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from nemohybrid.errors import HUNG, Stopped
 from nemohybrid.train.callbacks.stragglers import Stragglers
+from nemohybrid.train.data import RunData
+from nemohybrid.train.trainer import Trainer
 from nemohybrid.train.watch import activity as doing
 from nemohybrid.train.watch import board as boards
 from nemohybrid.train.watch import ending, processes
@@ -260,8 +262,14 @@ def test_an_evaluation_that_always_waits_at_one_line_moves(watchdog, monkeypatch
         assert (dog.moved == dog.now) == moves
 
 
-def test_each_batch_of_an_evaluation_is_a_move(start):
-    trainer = start("train.steps=1", "train.evaluate_every=0")
+def test_a_run_tells_of_each_batch_that_it_scores_and_of_orders_that_it_makes(start, monkeypatch):
+    phases, real = [], RunData.batch
+    monkeypatch.setattr(RunData, "is_ready", lambda _, step: step != 2)
+    monkeypatch.setattr(RunData, "batch", lambda self, step: phases.append(runs[0].activity.phase) or real(self, step))
+    runs, begin = [], Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda self, *rest: runs.append(self) or begin(self, *rest))
+    trainer = start("train.steps=3", "train.evaluate_every=0")
+    assert phases == [doing.DATA, doing.ORDERING, doing.DATA]
     trainer.callbacks, before = (), trainer.activity.moves
     trainer.evaluate()
     assert trainer.activity.moves - before >= 5

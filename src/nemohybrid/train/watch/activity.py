@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from nemohybrid.train.watch.straggler import Slowest
 
 STARTING, CALLBACKS, EVALUATING, SAVING, LEAVING = "starting", "callbacks", "evaluating", "saving", "leaving"
+ORDERING = "making or awaiting the order of an epoch"
 DATA, PASSES, NORM, AGREEMENT, UPDATE = "reading data", "forward and backward", "gradient norm", "agreement", "update"
-PATIENT = frozenset({STARTING, CALLBACKS, EVALUATING, SAVING, LEAVING})
+PATIENT = frozenset({STARTING, CALLBACKS, EVALUATING, SAVING, LEAVING, ORDERING})
 """What may take long, or is done by one rank while the others wait for it."""
 WARM_UP = 2
 """First steps of a process, in which kernels may be compiled."""
