@@ -198,9 +198,9 @@ class Watchdog(threading.Thread):
         self.ending.make_sure()
         stuck = self.ending.tell(why, self._last_words())
         self.reported.set()
+        time.sleep(REST_S)
         for beat in stuck:
             kill(beat.pid, beat.started)
-        time.sleep(REST_S)
         if not self.is_leaving:
             leave_nothing(HUNG)
 
