@@ -25,7 +25,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Dispatch to `nemohybrid.cli.<command>`; returns the exit status.
 
-    0 done, 1 an error of the user's to mend, 2 usage, 75 stopped by a signal and to be started again, 130 Ctrl-C.
+    0 done, 1 an error of the user's to mend, 2 usage, 69 a rank hung, 75 stopped by a signal and to be started again, 130 Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -6,6 +6,8 @@
 import difflib
 from collections.abc import Iterable
 
+HUNG = 69
+"""Exit status of a rank that the watch has ended, for one of the job hung (EX_UNAVAILABLE of sysexits.h)."""
 REQUEUE = 75
 """Exit status of a run that a signal stopped and that should be started again (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130

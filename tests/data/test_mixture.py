@@ -71,6 +71,19 @@ def test_each_corpus_of_a_blend_comes_in_its_own_order_through_its_own_epochs(th
         assert len(mine) == mixture.blend.counts(total)[number]
 
 
+def test_who_asks_first_knows_whether_an_order_must_be_made(three):
+    mixture, known = mix(three, [5, 3, 2]), set()
+    answers = []
+    for start in range(0, 900, 12):
+        answers.append(mixture.is_ready(start, start + 12))
+        mixture.batch(start, start + 12, 10**6)
+        now = {(corpus, number) for corpus, stream in enumerate(mixture.streams) for number in stream.epochs}
+        assert answers[-1] == (now <= known), f"samples {start} to {start + 11}"
+        known |= now
+    assert set(answers) == {True, False}
+    assert mixture.is_ready(0, 0)
+
+
 def test_a_corpus_added_at_the_end_leaves_the_order_inside_the_others(three):
     before, after = rows(mix(three[:2]), 0, 60), rows(mix(three), 0, 90)
     kept = after[np.array(origin(after)) < 2]

@@ -2,20 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemohybrid.train.watch.activity import Activity
 from nemohybrid.train.watch.diagnosis import Facts, alone, report, suspects
+from nemohybrid.train.watch.hearing import Hearing
 from nemohybrid.train.watch.judge import GRACE_S, Limits, alarm
 from nemohybrid.train.watch.processes import GONE, RUNS, STOPPED
 from nemohybrid.train.watch.record import DONE, Beat, Entered, LastWords
 from nemohybrid.train.watch.sight import DEVICE, Place
 from nemohybrid.train.watch.straggler import FAST_AGAIN, SLOW, WINDOW_S, WINDOWS, Slowest, Stragglers
-from nemohybrid.train.watch.watchdog import Watchdog
 from nemohybrid.train.watch.watching import limits_of
 from nemohybrid.train.watch.wording import ranks
 
@@ -107,13 +105,30 @@ def test_a_report_never_fails_and_names_no_rank_that_is_not_there(data):
         ({}, RUNS, "its process runs, but its watch has no turn"),
         ({}, "", "no answer: its process, its host or its network is gone, or it is stopped"),
         ({"left": "DataError: corpus is cut off"}, GONE, "it has ended: DataError: corpus is cut off"),
-        ({"left": DONE}, "", "it is done, and the others are not"),
     ],
 )
 def test_a_rank_without_an_answer_is_told_by_what_is_known_of_it(change, process, told):
     words = {rank: waiting(rank) for rank in range(7)}
     words[3] = waiting(3, neighbours={7: process} if process else {})
     assert told in report(facts(words, r7=beat(7, **change))), report(facts(words, r7=beat(7, **change)))
+
+
+@given(
+    st.one_of(st.builds(range, st.integers(0, 9), st.integers(0, 60), st.integers(1, 9)), st.sets(st.integers(0, 20)))
+)
+def test_last_words_say_who_is_in_a_group(members):
+    words = waiting(0, groups={"data": Entered(tuple(sorted(members)), 3)})
+    assert LastWords.read(words.text()) == words
+
+
+def test_last_words_of_a_large_job_are_few():
+    groups = {"world": Entered(tuple(range(4096)), 9), "data": Entered(tuple(range(3, 4096, 8)), 9)}
+    assert len(waiting(3, groups=groups).text()) < 1000
+
+
+def test_a_rank_that_is_done_is_not_blamed():
+    words = {rank: waiting(rank, size=4) for rank in range(2)} | {2: busy(2, size=4)}
+    assert suspects(facts(words, 4, r3=beat(3, left=DONE))).keys() == {2}
 
 
 def test_who_waits_only_for_a_waiting_rank_is_not_named():
@@ -154,10 +169,30 @@ def test_a_report_of_a_thousand_ranks_is_short():
     assert len(report(told).splitlines()) < 120
 
 
-def test_a_rank_that_hears_nobody_tells_of_itself():
-    told = alone("no store", waiting(3))
-    assert "no store" in told
-    assert f"at {SUM}" in told
+@pytest.mark.parametrize(
+    "holder, states, told",
+    [
+        (0, {0: GONE, 2: RUNS}, {0: "dead: its process is gone. It has the store of the job"}),
+        (0, {0: RUNS}, {0: "its process runs. It has the store of the job"}),
+        (
+            0,
+            {},
+            {
+                0: "no answer: its process, its host or its network is gone, or it is stopped. It has the store of the job"
+            },
+        ),
+        (0, {0: GONE, 2: STOPPED}, {0: "dead", 2: "its process is stopped"}),
+        (None, {0: GONE}, {0: "dead: its process is gone"}),
+        (None, {0: RUNS}, {}),
+    ],
+)
+def test_a_rank_that_hears_nobody_tells_of_itself_and_of_its_host(holder, states, told):
+    text = alone(facts({3: waiting(3, neighbours=states)}), holder)
+    held, waits = text.split("Who waits")
+    assert {r: words in held for r, words in told.items()} == dict.fromkeys(told, True), text
+    assert held.count(" on node-") == len(told), text
+    assert bool(told) != ("torchrun has it" in held)
+    assert f"at {SUM}" in waits
 
 
 LIMITS = Limits(10.0, 100.0)
@@ -185,6 +220,9 @@ def test_ranks_that_wait_for_one_that_may_take_long_have_as_long():
     beats = {0: beat(0, phase="saving"), 1: beat(1, still=50.0, patient=False)}
     assert alarm(beats, {0: 0.1, 1: 0.1}, LIMITS) == ""
     assert alarm({0: beat(0, left=DONE)}, {0: 0.0}, LIMITS) == ""
+    over = beats | {0: beat(0, patient=False)}
+    assert alarm(over, {0: 0.1, 1: 0.1}, LIMITS, hurried=9.0) == ""
+    assert "rank 1 has not moved for 50 s" in alarm(over, {0: 0.1, 1: 0.1}, LIMITS, hurried=11.0)
 
 
 @pytest.mark.parametrize(
@@ -278,24 +316,10 @@ def test_lists_of_ranks_in_words(numbers, told):
 
 def test_a_process_is_only_looked_at_where_its_number_means_the_same():
     """Else a rank in another container, or on another host, would be called dead."""
-
-    class Store:
-        def __init__(self) -> None:
-            self.texts = {}
-
-        def write(self, key: str, text: str) -> None:
-            self.texts[key] = text
-
-        def of_ranks(self, kind: str, numbers) -> dict[int, str]:
-            return {r: self.texts[f"{kind}/{r}"] for r in numbers if f"{kind}/{r}" in self.texts}
-
-    store, activity = Store(), Activity()
-    watchdog = Watchdog(store, 0, activity, LIMITS, Path(), {}, [range(2)], [0, 1])  # pyright: ignore[reportArgumentType]
-    watchdog.stacks.close()
+    hearing = Hearing(None, Beat(0, "vm", 1, pids="here pid:[1]"), [0, 1])  # pyright: ignore[reportArgumentType]
     nobody = 2**22 + 1  # above every process id
-    for pids, told in ((watchdog.own.pids, "is gone"), ("elsewhere pid:[1]", "")):
-        store.write("beat/1", beat(1, pid=nobody, pids=pids).text())
-        assert told in watchdog._gone_neighbour(0.0)
-        assert bool(watchdog._gone_neighbour(0.0)) == bool(told)
-    store.write("beat/1", beat(1, pid=nobody, pids=watchdog.own.pids, left=DONE).text())
-    assert watchdog._gone_neighbour(0.0) == ""
+    for pids, told in ((hearing.own.pids, {1}), ("elsewhere pid:[1]", set())):
+        hearing.heard[1] = beat(1, pid=nobody, pids=pids), 0.0
+        assert hearing.gone().keys() == told
+    hearing.heard[1] = beat(1, pid=nobody, pids=hearing.own.pids, left=DONE), 0.0
+    assert not hearing.gone()

@@ -94,6 +94,14 @@ def test_stacks_are_read_of_threads_that_run(stacks):
     assert thread.ident not in stacks.read()
 
 
+def test_a_folder_whose_name_is_not_ascii_is_ours_all_the_same():
+    """faulthandler escapes it."""
+    dump = r"""Thread 0x0001 (most recent call first):
+  File "/home/j\xfcrgen/\u65e5\U0001f525/nemohybrid/x.py", line 3 in stra\xdfe
+"""
+    assert parsed(dump)[1] == (("/home/jürgen/日🔥/nemohybrid/x.py", 3, "straße"),)
+
+
 def test_while_a_gpu_runs_backward_its_thread_is_looked_at(monkeypatch, stacks):
     lines = f'Thread 0x00000000000000ff (most recent call first):\n  File "{ROOT}x.py", line 3 in backward\n\n'
     graph = f"{sight._ROOTS[-1]}torch/autograd/graph.py"

@@ -109,6 +109,5 @@ def train(config: RunConfig) -> int:
         from nemohybrid.train.run import join, run
 
         parallel = join(config)
-        trainer = run(config, parallel, signals)
-        world.stop()
+        trainer = run(config, parallel, signals, world.stop)
     return exit_status(trainer.stopped_by)

@@ -46,6 +46,11 @@ class Mixture:
                 self._refuse(self.streams[corpus], index, vocabulary)
         return as_batch(samples)
 
+    def is_ready(self, start: int, stop: int) -> bool:
+        """Whether the samples `start` to `stop - 1` can be read at once, as `SampleStream.is_ready` has it."""
+        counts = zip(self.streams, self.blend.counts(start), self.blend.counts(stop), strict=True)
+        return all(stream.is_ready(first, last) for stream, first, last in counts)
+
     def _refuse(self, stream: SampleStream, index: int, vocabulary: int) -> None:
         """Name the document that holds an id which does not fit."""
         for sequence in stream.sequences_of(index):

@@ -53,6 +53,11 @@ class SampleStream:
         epoch, position = divmod(index, self.samples_per_epoch)
         return self._epoch(epoch).sequences_of(position)
 
+    def is_ready(self, start: int, stop: int) -> bool:
+        """Whether the samples `start` to `stop - 1` are of epochs whose order is at hand: else it must be made, or awaited."""
+        size = self.samples_per_epoch
+        return start >= stop or all(number in self.epochs for number in range(start // size, (stop - 1) // size + 1))
+
     def _epoch(self, number: int) -> Epoch:
         if number not in self.epochs:
             while len(self.epochs) >= 2:  # the one in use and its neighbour

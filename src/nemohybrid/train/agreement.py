@@ -6,7 +6,6 @@ import platform
 import socket
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from nemohybrid.config.run_config import RunConfig
 from nemohybrid.errors import ConfigError
 from nemohybrid.parallel.collectives import gather_bytes, gather_json, wait_for_all
 from nemohybrid.parallel.context import ParallelContext
+from nemohybrid.train.watch import wording
 
 SOURCES = (nemohybrid, nemohybrid_kernels)
 SUFFIXES = (".py", ".json", ".cpp", ".h")
@@ -127,13 +127,7 @@ def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """`ranks 0-7, 9 (node1, node2)`, with the first hosts where there are many."""
     names = list(dict.fromkeys(hosts[rank] for rank in ranks))
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(_spans(ranks))} ({', '.join(names[:4])}{more})"
-
-
-def _spans(ranks: Sequence[int]) -> list[str]:
-    """`0-7` for neighbours: ranks minus their places are the same for them."""
-    spans = [[rank for _, rank in span] for _, span in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
-    return [f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans]
+    return f"{wording.ranks(ranks)} ({', '.join(names[:4])}{more})"
 
 
 def _advice(facts: Sequence[Mapping[str, str]]) -> list[str]:

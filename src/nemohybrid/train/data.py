@@ -99,12 +99,22 @@ class RunData:
 
         Raises DataError for a token id that the model does not have.
         """
+        mixture, samples = self.mixtures[self.lengths.at(step)], self._samples_of(step)
+        tokens, labels, mask = mixture.batch(samples.start, samples.stop, self.config.model.vocab_size or 0)
+        return self._on_device(tokens, labels, mask)
+
+    def is_ready(self, step: int) -> bool:
+        """Whether no epoch begins in `step` whose order must first be made, by this rank or by another."""
+        samples = self._samples_of(step)
+        return self.mixtures[self.lengths.at(step)].is_ready(samples.start, samples.stop)
+
+    def _samples_of(self, step: int) -> range:
+        """The numbers of this rank's sequences of `step` among those of their length."""
         rows, length = self.context.rows, self.lengths.at(step)
         batch = self.plan.batch_at(step) * self.short_rows(step)
         share = batch // rows.size
         first = self._first_of(step, length, batch) + share * rows.rank
-        tokens, labels, mask = self.mixtures[length].batch(first, first + share, self.config.model.vocab_size or 0)
-        return self._on_device(tokens, labels, mask)
+        return range(first, first + share)
 
     def _first_of(self, step: int, length: int, batch: int) -> int:
         """The number of the step's first sequence among those of its length. A batch that grows has one length."""

@@ -1,5 +1,6 @@
 """A run from the outside: agree, build, resume, train, say where everything is."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from nemohybrid.train.process import allow_many_files, keep_freed_memory
 from nemohybrid.train.random_streams import RandomStreams
 from nemohybrid.train.signals import StopSignals, name_of
 from nemohybrid.train.trainer import Trainer, use_threads
+from nemohybrid.train.watch.activity import LEAVING
 from nemohybrid.train.watch.watching import watched
 from nemohybrid_kernels.backend import lines_of
 
@@ -39,8 +41,15 @@ def join(config: RunConfig) -> ParallelContext:
         return world.start(config.run.device, cluster.backend, cluster.timeout_minutes, axes(config, ranks), met)
 
 
-def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None = None) -> Trainer:
+def run(
+    config: RunConfig,
+    context: ParallelContext,
+    signals: StopSignals | None = None,
+    leave: Callable[[], object] = lambda: None,
+) -> Trainer:
     """Train to the end of `config`, to `train.stop_at`, or until one of `signals`. Only rank 0 writes and prints.
+
+    leave: what parts this rank from the others at the end, where one may hang, too.
 
     Raises TrainingError for a run folder in use, too little memory, a rank that died, numbers that are not finite;
     CheckpointError for a run that cannot be resumed or saved; DataError for its data.
@@ -63,6 +72,8 @@ def run(config: RunConfig, context: ParallelContext, signals: StopSignals | None
             say(context, *_describe_data(trainer), *trainer.resume())
             if not trainer.is_complete:
                 _train(trainer, precision, folder, signals)
+            activity.enter(LEAVING)
+            leave()
     return trainer
 
 

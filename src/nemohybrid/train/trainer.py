@@ -140,6 +140,8 @@ class Trainer:
         self._tell_precision(step)
         lr = learning_rate(self.config, self.plan, step)
         set_learning_rate(self.optimizer, lr)
+        if not self.data.is_ready(step):
+            self.activity.enter(doing.ORDERING)
         batch = self.data.batch(step)
         self.activity.enter(doing.PASSES)
         losses = compute_gradients(self.model, batch, self.microbatch_at(step), self.context, self.shared)
@@ -199,6 +201,7 @@ class Trainer:
 
     def _may_go_on(self) -> bool:
         """Whether no rank got a signal; else the step is saved and the run ends. Collective."""
+        self.activity.move()
         self.stopped_by = self.stopped_by or largest(self.signals.received, self.context)
         if self.stopped_by:
             self.save()

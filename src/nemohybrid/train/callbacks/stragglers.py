@@ -1,5 +1,7 @@
 """Which rank the others wait for."""
 
+import sys
+
 from tqdm import tqdm
 
 from nemohybrid.train.callbacks.base import Callback
@@ -15,5 +17,6 @@ class Stragglers(Callback):
         activity = trainer.activity
         while activity.seen:
             tqdm.write(f"step {result.step}: {activity.seen.popleft()}")
+            sys.stdout.flush()  # else a file has it when a buffer is full, or never: a process may be killed
         if (slowest := activity.slowest) is not None:
             result.metrics |= {"slowest_rank": slowest.rank, "slowest_ratio": slowest.ratio}

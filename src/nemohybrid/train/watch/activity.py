@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from nemohybrid.precision.clock import Clock
     from nemohybrid.train.watch.straggler import Slowest
 
-STARTING, CALLBACKS, EVALUATING, SAVING = "starting", "callbacks", "evaluating", "saving"
+STARTING, CALLBACKS, EVALUATING, SAVING, LEAVING = "starting", "callbacks", "evaluating", "saving", "leaving"
+ORDERING = "making or awaiting the order of an epoch"
 DATA, PASSES, NORM, AGREEMENT, UPDATE = "reading data", "forward and backward", "gradient norm", "agreement", "update"
-PATIENT = frozenset({STARTING, CALLBACKS, EVALUATING, SAVING})
+PATIENT = frozenset({STARTING, CALLBACKS, EVALUATING, SAVING, LEAVING, ORDERING})
 """What may take long, or is done by one rank while the others wait for it."""
 WARM_UP = 2
 """First steps of a process, in which kernels may be compiled."""
@@ -35,6 +36,10 @@ class Activity:
     def enter(self, phase: str) -> None:
         """From now on the main thread is in `phase`."""
         self.phase = phase
+        self.move()
+
+    def move(self) -> None:
+        """The main thread gets on, within a phase that has no counter of its own."""
         self.moves += 1
 
     def begin_step(self, step: int) -> None:

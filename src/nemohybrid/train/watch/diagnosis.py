@@ -48,14 +48,16 @@ def suspects(facts: Facts) -> dict[int, str]:
 
 
 def _without_an_answer(facts: Facts) -> dict[int, str]:
+    """One that is done has no more to say, and holds nobody up."""
     processes = facts.processes
-    silent = set(range(facts.size)) - facts.words.keys()
+    done = {rank for rank, beat in facts.beats.items() if beat.left == DONE}
+    silent = set(range(facts.size)) - facts.words.keys() - done
     return {rank: _silent(facts.beats.get(rank), processes.get(rank, "")) for rank in sorted(silent)}
 
 
 def _silent(beat: Beat | None, process: str) -> str:
     if beat and beat.left:
-        return "it is done, and the others are not" if beat.left == DONE else f"it has ended: {beat.left}"
+        return f"it has ended: {beat.left}"
     return _SILENT.get(process, "no answer: its process, its host or its network is gone, or it is stopped")
 
 
@@ -118,9 +120,25 @@ def report(facts: Facts) -> str:
     return "\n".join([*lines, "", "The same command goes on from the newest checkpoint."])
 
 
-def alone(why: str, words: LastWords) -> str:
-    """What a rank can tell that hears of no other."""
-    return "\n".join([f"this job ends: {why}", "", f"Rank {words.rank} itself", *_crowd([words])])
+def alone(facts: Facts, holder: int | None) -> str:
+    """What a rank can tell without the store, which `holder` has, or the launcher: of itself and its host."""
+    (words,) = facts.words.values()
+    done = {rank for rank, beat in facts.beats.items() if beat.left == DONE}
+    found = {r: _silent(facts.beats.get(r), state) for r, state in words.neighbours.items() if state != RUNS}
+    if holder is not None:
+        found[holder] = f"{_of_holder(facts, holder)}. It has the store of the job"
+    lines = [line for rank in sorted(found.keys() - done - {words.rank}) for line in _suspect(facts, rank, found[rank])]
+    lines = lines or [
+        "  the store of the job, in which ranks write to each other: torchrun has it where the job was started"
+    ]
+    told = [f"this job ends: {facts.why}", "", "Held up by", *lines]
+    told += ["", f"Who waits, as far as rank {words.rank} knows", *_crowd([words])]
+    return "\n".join([*told, "", "The same command goes on from the newest checkpoint."])
+
+
+def _of_holder(facts: Facts, holder: int) -> str:
+    state = facts.processes.get(holder, "")
+    return RUNS if state == RUNS else _silent(facts.beats.get(holder), state)
 
 
 def _suspect(facts: Facts, rank: int, why: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Whether a job must end: by the beats of its ranks alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,11 +19,12 @@ class Limits:
     patience: float
 
 
-def alarm(beats: Mapping[int, Beat], silent: Mapping[int, float], limits: Limits) -> str:
+def alarm(beats: Mapping[int, Beat], silent: Mapping[int, float], limits: Limits, hurried: float = math.inf) -> str:
     """Why the job must end; an empty string where it need not.
 
     silent: seconds for which the beat of a rank has not changed. A rank that is silent has not moved either, as far as
-    anybody knows.
+    anybody knows. hurried: seconds since a rank was last known to do what may take long; the others have rightly waited till
+    then, and their last beats still say so.
     """
     failed = [r for r, beat in beats.items() if beat.left not in ("", DONE) and silent[r] >= GRACE_S]
     if failed:
@@ -30,9 +32,12 @@ def alarm(beats: Mapping[int, Beat], silent: Mapping[int, float], limits: Limits
     running = {rank: beat for rank, beat in beats.items() if not beat.left}
     if not running:
         return ""
-    allowed = limits.patience if any(beat.patient for beat in running.values()) else limits.hang
     still = {rank: beat.still + silent[rank] for rank, beat in running.items()}
     slowest = max(still, key=lambda rank: still[rank])
-    if still[slowest] <= allowed:
-        return ""
-    return f"rank {slowest} has not moved for {seconds(still[slowest])} in step {running[slowest].step}"
+    if any(beat.patient for beat in running.values()):
+        hangs = still[slowest] > limits.patience
+    else:
+        hangs = min(still[slowest], hurried) > limits.hang
+    return (
+        f"rank {slowest} has not moved for {seconds(still[slowest])} in step {running[slowest].step}" if hangs else ""
+    )

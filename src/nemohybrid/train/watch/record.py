@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from nemohybrid.errors import Stopped
 from nemohybrid.train.watch.sight import Place
 
 DONE = "done"
@@ -39,6 +41,11 @@ class Beat:
     def text(self) -> str:
         """As JSON."""
         return json.dumps(asdict(self))
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal ended the rank."""
+        return self.left.startswith(Stopped.__name__)
 
     @classmethod
     def read(cls, text: str) -> Beat:
@@ -79,7 +86,10 @@ class LastWords:
 
     def text(self) -> str:
         """As JSON."""
-        return json.dumps(asdict(self))
+        groups = {
+            name: {"ranks": _packed(entered.ranks), "count": entered.count} for name, entered in self.groups.items()
+        }
+        return json.dumps(asdict(replace(self, groups={})) | {"groups": groups})
 
     @classmethod
     def read(cls, text: str) -> LastWords:
@@ -87,6 +97,16 @@ class LastWords:
         told: dict[str, Any] = json.loads(text)
         told["places"] = tuple(Place(**place) for place in told["places"])
         told["innermost"] = Place(**told["innermost"])
-        told["groups"] = {name: Entered(tuple(e["ranks"]), e["count"]) for name, e in told["groups"].items()}
+        told["groups"] = {name: Entered(_unpacked(e["ranks"]), e["count"]) for name, e in told["groups"].items()}
         told["neighbours"] = {int(rank): state for rank, state in told["neighbours"].items()}
         return cls(**{f.name: told[f.name] for f in fields(cls)})
+
+
+def _packed(ranks: Sequence[int]) -> list[int] | dict[str, list[int]]:
+    """Ranks of a group mostly follow each other at one distance, and there may be thousands."""
+    every = range(ranks[0], ranks[-1] + 1, ranks[1] - ranks[0]) if len(ranks) > 3 and ranks[0] < ranks[1] else range(0)
+    return {"range": [every.start, every.stop, every.step]} if tuple(every) == tuple(ranks) else list(ranks)
+
+
+def _unpacked(told: list[int] | dict[str, list[int]]) -> tuple[int, ...]:
+    return tuple(told) if isinstance(told, list) else tuple(range(*told["range"]))

@@ -38,6 +38,8 @@ _WAIT = re.compile(r"\b(wait|wait_tensor)\(")
 _OF_DEVICE = re.compile(r"\.(tolist|item|cpu|synchronize)\(")
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
 _LINE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+_ESCAPED = re.compile(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})|\\U([0-9a-f]{8})")
+"""How faulthandler writes what is not ASCII."""
 _LONGEST_TEXT = 110
 _LINES_OF_OURS = 6
 
@@ -110,8 +112,12 @@ def parsed(dump: str) -> dict[int, Stack]:
         if thread := _THREAD.match(text):
             lines = stacks.setdefault(int(thread[1], 16), [])
         elif line := _LINE.match(text):
-            lines.append((line[1], int(line[2]), line[3]))
+            lines.append((_plain(line[1]), int(line[2]), _plain(line[3])))
     return {ident: tuple(found) for ident, found in stacks.items()}
+
+
+def _plain(text: str) -> str:
+    return _ESCAPED.sub(lambda code: chr(int(code[code.lastindex or 0], 16)), text)
 
 
 def look(stack: Stack) -> Sight:

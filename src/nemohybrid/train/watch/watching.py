@@ -62,10 +62,10 @@ def _watchdog(config: RunConfig, context: ParallelContext, activity: Activity, l
     folder, rank, size = Path(config.run.dir), context.rank, context.world_size
     in_stage = size // context.pipeline.size
     stages = [range(first, first + in_stage) for first in range(0, size, in_stage)]
-    return Watchdog(Board(), rank, activity, limits, folder, _groups(context), stages, _locals(rank, size))
+    return Watchdog(Board(), rank, activity, limits, folder, _groups(context), stages, _here(rank, size))
 
 
-def _locals(rank: int, size: int) -> list[int]:
+def _here(rank: int, size: int) -> list[int]:
     """The ranks of this host: torchrun and SLURM number them one after the other."""
     first = rank - int(os.environ.get("LOCAL_RANK", rank))
     return list(range(first, min(size, first + int(os.environ.get("LOCAL_WORLD_SIZE", size)))))
