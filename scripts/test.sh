@@ -5,6 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 setup_environment dev
 
+cores=$(env -u OMP_NUM_THREADS nproc)  # which would take the number of threads for that of cores
 # Tests are small: a second thread costs more than it gives, and one thread keeps sums in the same order everywhere.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
 
@@ -48,7 +49,6 @@ trap 'rm -rf "$report" "$logs"' EXIT
 begin "types" pyright
 begin "docs" sphinx-build -W -q -b html docs docs/_build/html
 # A file is one worker's, which computes what its tests share once. xunit1 is the form of the report that names the file of each test.
-cores=$(nproc)
 stage "tests" python -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder --junit-xml="$report" -o junit_family=xunit1 "$@"
 finish
 
