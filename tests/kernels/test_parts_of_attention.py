@@ -128,7 +128,7 @@ def test_a_torch_with_other_operators_is_not_asked(monkeypatch):
     for device in ("cpu", "cuda"):
         assert sdpa.obstacle(Case(torch.float32), torch.device(device)) is None
     changed = kernels.Kernel("changed", *[lambda: None] * 2, {"_scaled_dot_product_flash_attention": (8, 9)})
-    assert "is not that of torch" in (changed.obstacle() or "")
+    assert "is not that of torch" in (changed.obstacle or "")
     gone = kernels.Kernel("gone", *[lambda: None] * 2, {"_no_such_attention": (7, 9)})
     monkeypatch.setattr(sdpa, "kernel_for", lambda *_: gone)
     assert decide("ring_attention", "auto", backends(Case(torch.float32)), CPU).backend == "torch"

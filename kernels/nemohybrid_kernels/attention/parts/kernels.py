@@ -6,7 +6,7 @@ all of it. Memory-efficient attention, for one, takes the layout of `out` for gr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,24 +40,26 @@ class Kernel:
     backward(d_out, q, k, v, out, sums, how) -> gradients of q, k and v.
     q [B, H, L, P]; k, v [B, K, S, P].
     operators: those of aten that it calls -> how many arguments and how many results they had when this was written.
+    obstacle: why this torch cannot be asked for it, or None. Looked up once: no graph of torch.compile can read a schema.
     """
 
     name: str
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Gradients]
     operators: dict[str, tuple[int, int]]
+    obstacle: str | None = field(init=False)
 
-    def obstacle(self) -> str | None:
-        """Why this torch cannot be asked for it, or None."""
-        for name, known in self.operators.items():
-            operator = getattr(getattr(aten, name, None), "default", None)
-            if operator is None or _arity(operator._schema) != known:
-                return f"aten::{name} is not that of torch 2.13"
-        return None
+    def __post_init__(self) -> None:
+        changed = (name for name, known in self.operators.items() if _arity(name) != known)
+        object.__setattr__(
+            self, "obstacle", next((f"aten::{name} is not that of torch 2.13" for name in changed), None)
+        )
 
 
-def _arity(schema: Any) -> tuple[int, int]:
-    return len(schema.arguments), len(schema.returns)
+def _arity(name: str) -> tuple[int, int] | None:
+    """Arguments and results of an operator, or None."""
+    operator = getattr(getattr(aten, name, None), "default", None)
+    return None if operator is None else (len(operator._schema.arguments), len(operator._schema.returns))
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor]:

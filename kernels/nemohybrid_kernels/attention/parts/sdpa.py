@@ -35,7 +35,7 @@ def obstacle(case: Case, device: torch.device) -> str | None:
         return "its kernels are known on CPUs and CUDA devices alone"
     if device.type == "cuda" and case.dtype not in (*HALVES, torch.float32):
         return f"fused attention takes bfloat16, float16 and float32, not {case.type_name}"
-    return kernel_for(device, case.dtype, case.head_dim, case.packed).obstacle()
+    return kernel_for(device, case.dtype, case.head_dim, case.packed).obstacle
 
 
 def part(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
