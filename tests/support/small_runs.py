@@ -2,9 +2,7 @@
 
 from nemohybrid.__main__ import main
 
-SMALL = [
-    "data=shakespeare",
-    "data.tokenizer=byte",
+TINY = [
     "model=tiny",
     "model.hidden_size=32",
     "model.ssm_state_size=8",
@@ -14,6 +12,7 @@ SMALL = [
     "run.device=cpu",
     "logging.picture=false",
 ]
+SMALL = ["data=shakespeare", "data.tokenizer=byte", *TINY]
 
 
 def in_this_process(capfd, *words: str) -> tuple[int, str, str]:

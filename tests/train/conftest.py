@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import fork, run_world, wait
+from small_runs import TINY
 
 from nemohybrid.__main__ import main
 from nemohybrid.config.compose import load_config
@@ -18,20 +19,7 @@ from nemohybrid.parallel.context import Group, ParallelContext
 from nemohybrid.train.run import run
 from nemohybrid.train.trainer import Trainer
 
-TINY = [
-    "model=tiny",
-    "model.hidden_size=32",
-    "model.ssm_state_size=8",
-    'model.pattern="M-*"',
-    "model.dtype=float32",
-    "data.sequence_length=32",
-    "train.global_batch=4",
-    "train.steps=4",
-    "optim.lr=1e-3",
-    "logging.console=quiet",
-    "logging.picture=false",
-    "run.device=cpu",
-]
+FOUR_STEPS = ["train.global_batch=4", "train.steps=4", "optim.lr=1e-3", "logging.console=quiet"]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +36,7 @@ def corpus(tmp_path_factory) -> Path:
 def tiny_run(corpus, tmp_path) -> list[str]:
     """Overrides of a tiny run in <tmp_path>/run."""
     data = [f"data.train={corpus}/train", f"data.valid={corpus}/valid", f"data.cache={corpus}/cache"]
-    return [*TINY, *data, f"run.dir={tmp_path}/run"]
+    return [*TINY, *FOUR_STEPS, *data, f"run.dir={tmp_path}/run"]
 
 
 @pytest.fixture

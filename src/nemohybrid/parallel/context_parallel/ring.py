@@ -99,6 +99,8 @@ class _Step:
 
 
 class _Ring(Function):
+    """`ring_attention` between `balanced` and `in_order`: own is the documents of this rank's halves. Keeps no scores."""
+
     @staticmethod
     def forward(
         ctx: Any,
